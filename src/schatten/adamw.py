@@ -1,0 +1,48 @@
+"""AdamW for the parameters no spectral rule takes: torch's own fused functional step, made to skip non-finite gradients."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from schatten.rounding import store_
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def adamw_step_(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], seed: int) -> None:
+    """One AdamW step of one parameter; a non-finite gradient leaves parameter and averages as they are and is counted.
+
+    Half-precision parameters are stepped in fp32, their averages kept in fp32 (in bf16 an average with beta2 = 0.999
+    never moves), and stored with the group's rounding. One call per parameter, because torch's fused step takes one
+    `found_inf` for all tensors of a call: a bad gradient must not stop the others, and looking at it here would make
+    the device wait.
+    """
+    grad = p.grad
+    assert grad is not None
+    found_inf = (~torch.linalg.vector_norm(grad, ord=torch.inf).isfinite()).float()
+    wide = p if p.dtype == state["exp_avg"].dtype else p.to(state["exp_avg"].dtype)
+    # OneCycleLR and CyclicLR write `momentum` into every group when they cycle it; for AdamW that number is beta1.
+    beta1, beta2 = group["betas"]
+    adamw(
+        [wide],
+        [grad.to(wide.dtype)],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        fused=True,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=group.get("momentum", beta1),
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+    state["skipped"].add_(found_inf)
+    if wide is not p:
+        store_(p, wide, group["rounding"], seed)

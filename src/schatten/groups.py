@@ -1,0 +1,85 @@
+"""Param groups: which keys each algorithm has, and the checks a group passes before it joins an optimizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schatten.layout import resolve
+from schatten.rounding import ROUNDINGS
+
+ALGORITHMS = ("spectral", "adamw")
+
+SHARED_KEYS = ("lr", "weight_decay", "rounding", "maximize")
+
+
+def name_of(group: Mapping[str, Any], index: int) -> str:
+    """The parameter's name, or its place in the group where it has none, with its quotes."""
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"params[{index}]"
+
+
+def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ()) -> None:
+    """Raise ValueError for an lr, decay, momentum, beta or eps outside its range; `hyperparameters` must lie in [0, 1)."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}.")
+    for key in ("lr", "weight_decay", "eps"):
+        if key in group and not 0.0 <= group[key] < float("inf"):
+            raise ValueError(f"{key} must be finite and >= 0, got {group[key]}.")
+    for key in hyperparameters:
+        if key not in group:
+            raise ValueError(f"This rule's signal needs a value for {key!r}: pass {key}=..., or write it into the group.")
+        if not 0.0 <= group[key] < 1.0:
+            raise ValueError(f"{key} must lie in [0, 1), got {group[key]}.")
+    if "betas" in group:
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}.")
+    if group["rounding"] not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Raise for parameters that no rule can train: duplicates, complex or integer, sparse; each is named."""
+    seen: dict[Tensor, str] = {}
+    for i, p in enumerate(group["params"]):
+        name = name_of(group, i)
+        if p in seen:
+            raise ValueError(
+                f"A parameter may appear once, but {name} and {seen[p]} are the same tensor of shape {tuple(p.shape)}."
+            )
+        seen[p] = name
+        if p.is_complex():
+            raise ValueError(
+                f"{name} of shape {tuple(p.shape)} is complex ({p.dtype}), which no rule here defines: "
+                f"store its real and imaginary parts (torch.view_as_real) as parameters."
+            )
+        if not p.is_floating_point():
+            raise ValueError(f"Parameters must be floating point, but {name} of shape {tuple(p.shape)} is {p.dtype}.")
+        if p.layout != torch.strided:
+            raise ValueError(f"Parameters must be dense, but {name} of shape {tuple(p.shape)} is {p.layout}: call .to_dense().")
+
+
+def check_layouts(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter that the group's layout cannot read as matrices."""
+    for i, p in enumerate(group["params"]):
+        resolve(group["layout"], tuple(p.shape), name_of(group, i))
+
+
+def unpack(params: Any) -> tuple[list[Tensor], list[str] | None]:
+    """The tensors of a group given as one tensor, tensors or (name, tensor) pairs, and their names if they have any."""
+    if isinstance(params, Tensor):
+        return [params], None
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("Parameters must come in a fixed order, got a set: pass a list.")
+    items = list(params)
+    named = [item for item in items if isinstance(item, tuple)]
+    if named and len(named) != len(items):
+        raise ValueError(f"Give names to all parameters of a group or to none: {len(named)} of {len(items)} have one.")
+    tensors = [item[1] for item in named] if named else items
+    for item in tensors:
+        if not isinstance(item, Tensor):
+            raise TypeError(f"Parameters must be tensors or (name, tensor) pairs, got {type(item).__name__}.")
+    return tensors, [item[0] for item in named] if named else None

@@ -1,0 +1,281 @@
+"""The engine: one torch.optim.Optimizer with the only step() of the library.
+
+A spectral group is stepped by its rule, matrices of one shape at a time as one batch; an AdamW group by torch's own
+functional AdamW. Nothing in a step waits for the device: a non-finite gradient is masked, not branched on.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schatten import checkpoint
+from schatten.adamw import STATE_KEYS, adamw_step_
+from schatten.groups import ALGORITHMS, SHARED_KEYS, check_layouts, check_numbers, check_parameters, name_of, unpack
+from schatten.layout import blocks, resolve
+from schatten.rounding import store_
+from schatten.rule import Rule
+
+ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
+
+# Matrices of one shape are multiplied together up to this many entries (64 MiB in fp32): enough to fill the cores or
+# the GPU, little enough that a step's temporaries stay small beside the model.
+MAX_BATCH_ENTRIES = 1 << 24
+
+
+class SpectralOptimizer(torch.optim.Optimizer):
+    r"""Trains matrices by a `Rule` and everything else by torch's AdamW, in one optimizer object.
+
+        S = signal(G),   D = grad K(S),   U = c(shape) D,   W <- retraction(W, U, lr, weight_decay)
+
+    Args:
+        params: tensors, `(name, tensor)` pairs or dict groups. A group's `algorithm` is `"spectral"` (default) or
+            `"adamw"`; a spectral group's `layout` says how its tensors are read as matrices (`schatten.layout`).
+        rule: the `Rule` of spectral groups; a group may carry its own under the key `rule`.
+        lr: learning rate, a number or a one-element tensor.
+        weight_decay: decoupled decay lambda.
+        rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
+        maximize: ascend instead of descend.
+        adamw: defaults of AdamW groups, `betas` and `eps`.
+        hyperparameters: the numbers the rule's signal reads, such as `momentum=0.95`.
+
+    State, made at construction: what the signal keeps (one tensor per matrix for `Momentum`) and two counters; half
+    precision parameters have fp32 state. Raises ValueError or TypeError for a parameter or number no rule can use; the
+    message names it.
+
+    Example:
+        >>> import torch, schatten
+        >>> W = torch.nn.Parameter(torch.zeros(4, 4))
+        >>> rule = schatten.Rule(scale=schatten.scales.Scale("none"))
+        >>> opt = schatten.SpectralOptimizer([W], rule, lr=0.1, momentum=0.9)
+        >>> W.grad = torch.eye(4)
+        >>> opt.step()
+        >>> bool(((W.diagonal() + 0.1).abs() < 0.02).all())
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: Rule | None = None,
+        *,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
+        **hyperparameters: Any,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "rounding": rounding,
+            "maximize": maximize,
+            "layout": "auto",
+            **hyperparameters,
+            # Nested, because torch's momentum-cycling schedulers look for "betas" here and would then cycle only those.
+            "adamw": {**ADAMW_DEFAULTS, **(adamw or {})},
+        }
+        if rule is not None:
+            defaults["rule"] = rule
+        # A lone tensor or a dict is left for torch to refuse.
+        groups = params if isinstance(params, (Tensor, dict)) else list(params)
+        if len(groups) == 0:
+            raise ValueError("The optimizer got an empty parameter list: pass the model, or the parameters to train.")
+        super().__init__(groups, defaults)
+
+    def rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
+        return group["rule"]
+
+    # -- groups and state ----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after the same checks as at construction; its state is made at once."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}.")
+        group = dict(param_group)
+        group["params"], names = unpack(group["params"])
+        if names is not None:
+            group["param_names"] = names
+        algorithm = group.setdefault("algorithm", "spectral")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
+        spectral = algorithm == "spectral"
+        inherited = {k: v for k, v in self.defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
+        group = {**inherited, **({} if spectral else self.defaults["adamw"]), "step": 0, **group}
+        check_parameters(group)
+        if spectral:
+            check_layouts(group)
+            check_numbers(group, self.rule(group).signal.hyperparameters)
+        else:
+            check_numbers(group)
+        keys = set(group)
+        self._refuse_duplicates(group)
+        names = group.pop("param_names", None)
+        if names is not None:
+            group["params"] = list(zip(names, group["params"], strict=True))
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        for key in set(added) - keys:  # defaults of the other algorithm, which torch has filled in
+            del added[key]
+        for p in added["params"]:
+            self.state[p] = self._fresh_state(p, added)
+
+    def _refuse_duplicates(self, group: Mapping[str, Any]) -> None:
+        owned = {p: name_of(g, i) for g in self.param_groups for i, p in enumerate(g["params"])}
+        for i, p in enumerate(group["params"]):
+            if p in owned:
+                raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
+
+    def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        wide = torch.empty_like(p, dtype=_wide(p.dtype))
+        if group["algorithm"] == "adamw":
+            state = {key: torch.zeros_like(wide) for key in STATE_KEYS}
+        else:
+            state = self.rule(group).signal.init(wide)
+        counters = {key: torch.zeros((), device=p.device) for key in ("step", "skipped")}
+        return {**state, **counters}
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter that has a gradient. `closure` re-evaluates the model and its value is returned.
+
+        Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
+        holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_unusable_gradients()
+        index = 0
+        for group in self.param_groups:
+            group["step"] += 1
+            stepped = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            index += len(group["params"])
+            self._follow_devices(p for _, p in stepped)
+            if group["algorithm"] == "adamw":
+                for i, p in stepped:
+                    adamw_step_(p, self.state[p], group, _seed(group, i))
+            else:
+                rule = self.rule(group)
+                for batch in _batches(stepped, group["layout"]):
+                    self._spectral_step_(batch, rule, group)
+        return loss
+
+    def _refuse_unusable_gradients(self) -> None:
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"Gradients must be dense, but that of {name_of(group, i)}, shape {tuple(p.shape)}, is "
+                        f"{p.grad.layout}: build the layer with sparse=False. No weight was changed."
+                    )
+
+    def _follow_devices(self, params: Iterable[Tensor]) -> None:
+        # State is made at construction; a model moved afterwards takes it along, as it would with torch's lazy state.
+        for p in params:
+            state = self.state[p]
+            if state["step"].device != p.device:
+                for key, value in state.items():
+                    state[key] = value.to(p.device)
+
+    def _spectral_step_(self, batch: list[tuple[int, Tensor]], rule: Rule, group: Mapping[str, Any]) -> None:
+        """Step parameters of one shape together, as matrices (parameter, block, fan_out, fan_in)."""
+        params = [p for _, p in batch]
+        states = [self.state[p] for p in params]
+        wide = _wide(params[0].dtype)
+        view = (len(params), *blocks(_layout(params[0], group), params[0].shape))
+
+        def stacked(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.stack([t.reshape(view[1:]) for t in tensors]).to(wide)
+
+        G = stacked(p.grad for p in params if p.grad is not None)
+        finite = G.abs().amax(dim=(1, 2, 3), keepdim=True).isfinite()
+        G = torch.where(finite, -G if group["maximize"] else G, 0)
+        W = stacked(params)
+        old = {key: stacked(s[key] for s in states) for key in states[0] if key not in ("step", "skipped")}
+        new_W, new = rule.apply(W, G, old, group)
+        for key, value in new.items():
+            kept = torch.where(finite, value, old[key])
+            for s, v in zip(states, kept, strict=True):
+                s[key].copy_(v.view(s[key].shape))
+        for (i, p), w in zip(batch, torch.where(finite, new_W, W), strict=True):
+            store_(p, w.view(p.shape), group["rounding"], _seed(group, i))
+        counted = finite.flatten().float().unbind()
+        torch._foreach_add_([s["step"] for s in states], counted)
+        torch._foreach_add_([s["skipped"] for s in states], [1 - c for c in counted])
+
+    # -- what can be seen ----------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since construction, as plain numbers; reading them waits for the device.
+
+        `skipped`: how often each parameter's gradient was not finite, for those where it was; `skipped_total` their
+        sum; `without_gradient`: parameters that were never stepped; `effective_lr`: for each spectral parameter
+        lr c(shape), the spectral norm of one update.
+        """
+        skipped, without, effective = {}, [], {}
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = group["param_names"][i] if "param_names" in group else f"{g}.{i}"
+                state = self.state[p]
+                if count := int(state["skipped"]):
+                    skipped[name] = count
+                elif int(state["step"]) == 0:
+                    without.append(name)
+                if group["algorithm"] == "spectral":
+                    _, fan_out, fan_in = blocks(_layout(p, group), p.shape)
+                    effective[name] = float(group["lr"]) * self.rule(group).scale.factor(fan_out, fan_in)
+        return {
+            "skipped": skipped,
+            "skipped_total": sum(skipped.values()),
+            "without_gradient": without,
+            "effective_lr": effective,
+        }
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only; each spectral group carries the text of its rule (`schatten.checkpoint`)."""
+        return checkpoint.exported(super().state_dict(), self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of an optimizer with the same rules, or from torch.optim.Muon's.
+
+        lr, momentum and every other number come from the checkpoint; the rule must agree. Raises ValueError, before
+        anything changes, for another rule, another optimizer's state or parameters that do not match.
+        """
+        checked = checkpoint.imported(state_dict, self)
+        super().load_state_dict(checked)
+        checkpoint.restore_precision(checked, self)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of state and arithmetic: the parameter's, but at least fp32."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _layout(p: Tensor, group: Mapping[str, Any]) -> str:
+    return resolve(group["layout"], tuple(p.shape), "parameter")
+
+
+def _seed(group: Mapping[str, Any], index: int) -> int:
+    """A seed for the rounding noise of one parameter at one step, the same on every rank and in every rerun."""
+    return (group["step"] * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) & 0x7FFFFFFFFFFFFFFF
+
+
+def _batches(stepped: list[tuple[int, Tensor]], layout: str) -> Iterator[list[tuple[int, Tensor]]]:
+    """Parameters of one shape, dtype and device together, in batches of at most MAX_BATCH_ENTRIES entries."""
+    alike: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
+    for i, p in stepped:
+        alike[p.shape, p.dtype, p.device].append((i, p))
+    for (shape, _, _), members in alike.items():
+        size = max(1, MAX_BATCH_ENTRIES // max(1, shape.numel()))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]

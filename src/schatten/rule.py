@@ -1,0 +1,45 @@
+"""A rule: the one equation of the library with its four slots filled.
+
+gradient --signal--> S --map--> D --scale--> U --retraction--> weight
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from schatten.maps import Map, Nuclear
+from schatten.retractions import DecoupledDecay, Retraction
+from schatten.scales import Scale
+from schatten.signals import Momentum, Signal, State
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Four frozen slots; `repr(rule)` is the rule's identity, written into checkpoints and compared on load.
+
+    The default is Muon. Numbers that a schedule may change (lr, momentum, weight_decay) are not here but in the
+    optimizer's param groups.
+
+    Example:
+        >>> import torch, schatten
+        >>> rule = schatten.Rule(scale=schatten.scales.Scale("keller"))
+        >>> rule.describe(weight_decay=0.5, fan_out=12, fan_in=3)
+        'min F subject to spectral norm <= 4'
+    """
+
+    signal: Signal = field(default_factory=Momentum)
+    map: Map = field(default_factory=Nuclear)
+    scale: Scale = field(default_factory=Scale)
+    retraction: Retraction = field(default_factory=DecoupledDecay)
+
+    def apply(self, W: Tensor, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update of weights (*b, m, n) from gradients of the same shape: (new weights, new state); pure."""
+        S, state = self.signal(G, state, group)
+        U = self.scale(self.map.grad(S))
+        return self.retraction(W, U, group["lr"], group["weight_decay"]), state
+
+    def describe(self, weight_decay: float, fan_out: int, fan_in: int) -> str:
+        """What decoupled decay makes this rule solve for a fan_out x fan_in matrix."""
+        return self.map.describe(weight_decay, self.scale.factor(fan_out, fan_in))

@@ -1,0 +1,62 @@
+"""Signals: what a rule makes of its gradients before the map sees them.
+
+A signal is a frozen dataclass. `hyperparameters` names the numbers it reads from the param group, `init(W)` makes the
+state of a matrix, and the call `(G, state, group) -> (S, new state)` is pure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class Signal(Protocol):
+    """`(G, state, group) -> (S, new state)` with G, S and every state tensor of one shape."""
+
+    hyperparameters: ClassVar[tuple[str, ...]]
+
+    def init(self, W: Tensor) -> dict[str, Tensor]: ...
+
+    def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Heavy-ball momentum with decay `beta = group["momentum"]`, as an average or as a sum.
+
+        form="ema":  M <- beta M + (1 - beta) G,   S = (1 - beta) G + beta M  (nesterov)  or  S = M
+        form="sum":  M <- beta M + G,              S = G + beta M             (nesterov)  or  S = M
+
+    At constant beta the two differ by the factor 1 - beta, which a scale-free map (the nuclear norm) does not see and
+    every other map does. "ema" is Keller's Muon and torch.optim.Muon's code; "sum" is SGD's momentum and Dion's.
+    State: one tensor of the matrix's shape.
+    """
+
+    form: Literal["ema", "sum"] = "ema"
+    nesterov: bool = True
+
+    hyperparameters: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def __post_init__(self) -> None:
+        if self.form not in ("ema", "sum"):
+            raise ValueError(f"form must be 'ema' (an average) or 'sum', got {self.form!r}.")
+
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(W)}
+
+    def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        beta = group["momentum"]
+        old = state["momentum_buffer"]
+        M = torch.lerp(old, G, 1 - beta) if self.form == "ema" else torch.add(G, old, alpha=beta)
+        if not self.nesterov:
+            S = M
+        elif self.form == "ema":
+            S = torch.lerp(G, M, beta)
+        else:
+            S = torch.add(G, M, alpha=beta)
+        return S, {"momentum_buffer": M}

@@ -1,0 +1,104 @@
+"""What the solvers share: the protocol, the safe normalisation, the working precision and the quintic iteration.
+
+The norm is taken in fp32 (fp64 for fp64 input) after division by the largest entry, so neither its square overflows nor
+a small matrix vanishes: the result does not depend on the input's scale. A zero matrix stays zero; a non-finite matrix
+comes out non-finite and spreads to no other matrix of its batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from schatten import kernels
+
+Quintic = tuple[float, float, float]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A pure function from a batch of matrices to the batch of their polar factors."""
+
+    def __call__(self, X: Tensor) -> Tensor: ...
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str:
+    """The plain name of a working precision; `None` and `"auto"` leave the choice to the device."""
+    if dtype is None or dtype == "auto":
+        return "auto"
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or 'auto', got {dtype!r}.")
+    return name
+
+
+def working_dtype(X: Tensor, name: str) -> torch.dtype:
+    """The dtype a solver multiplies in: as named, or the fastest the device offers without asking for more bits.
+
+    `auto` keeps fp64 for fp64 input. Otherwise it is bf16 where the hardware multiplies it (CUDA from sm80, CPUs with
+    AMX or AVX512-BF16), fp16 on older tensor cores, which have no fast bf16, and fp32 elsewhere.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if X.dtype == torch.float64:
+        return torch.float64
+    if X.device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(X.device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    if X.device.type == "cpu" and _cpu_multiplies_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # torch has no public query; without these private ones the answer is the safe one, fp32.
+    queries = (getattr(torch.cpu, n, None) for n in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(query() for query in queries if query is not None)
+
+
+def check_matrices(X: Tensor, what: str) -> None:
+    """Refuse what has no real polar factor; `what` is the caller's name for the argument."""
+    if not isinstance(X, Tensor):
+        raise TypeError(f"{what} must be a torch.Tensor, got {type(X).__name__}.")
+    if X.ndim < 2:
+        raise ValueError(f"{what} must be a matrix or a batch (*b, m, n), got shape {tuple(X.shape)}.")
+    if X.is_complex() or not X.is_floating_point():
+        raise TypeError(f"{what} must be real floating point, got {X.dtype}; cast it, or take real and imaginary parts.")
+
+
+def normalised(X: Tensor, dtype: torch.dtype, divisor: float = 1.0) -> Tensor:
+    """`X / (divisor ||X||_F)` per matrix in `dtype`, for `X` of any finite scale; zero stays zero."""
+    wide = X.to(torch.float64 if X.dtype == torch.float64 else torch.float32)
+    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    Y = wide / torch.where(largest == 0, 1, largest)
+    norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
+    inverse = 1 / (divisor * torch.where(norm == 0, 1, norm))
+    if dtype == Y.dtype:
+        return Y.mul_(inverse)
+    return torch.mul(Y, inverse, out=torch.empty_like(Y, dtype=dtype))
+
+
+def quintic_steps(X: Tensor, steps: Sequence[Quintic]) -> Tensor:
+    """Apply X <- a X + b (XX^T) X + c (XX^T)^2 X for each (a, b, c); X is (b, m, n) with m <= n."""
+    for a, b, c in steps:
+        A = kernels.gram(X)
+        X = kernels.affine(kernels.sym(A, A, A, b, c), X, a)
+    return X
+
+
+def on_wide_batch(X: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run `f` on `X` seen as (b, m, n) with m <= n, and give its result `X`'s shape and dtype."""
+    if X.numel() == 0:
+        return X.clone()
+    tall = X.shape[-2] > X.shape[-1]
+    Y = X.mT if tall else X
+    Y = f(Y.reshape(-1, *Y.shape[-2:])).reshape(Y.shape)
+    return (Y.mT if tall else Y).to(X.dtype)
