@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from schatten.batching import COUNTERS, wide
 from schatten.groups import name_of
 from schatten.scales import Scale
 
@@ -57,10 +58,9 @@ def restore_precision(state_dict: Mapping[str, Any], optimizer: "SpectralOptimiz
     """Give state the saved values in the precision of state: torch has cast them to that of the parameters."""
     for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(saved["params"], live["params"], strict=True):
-            dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
             for key, value in state_dict["state"][index].items():
                 # A fresh tensor, so that the optimizer never shares memory with the caller's dictionary.
-                wanted = torch.float32 if key in ("step", "skipped") else dtype
+                wanted = torch.float32 if key in COUNTERS else wide(p.dtype)
                 optimizer.state[p][key] = torch.empty_like(value, dtype=wanted, device=p.device).copy_(value)
 
 

@@ -4,8 +4,7 @@ A spectral group is stepped by its rule, matrices of one shape at a time as one 
 functional AdamW. Nothing in a step waits for the device: a non-finite gradient is masked, not branched on.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +12,12 @@ from torch import Tensor
 
 from schatten import checkpoint
 from schatten.adamw import STATE_KEYS, adamw_step_
+from schatten.batching import COUNTERS, Member, Part, batches, parts, wide
 from schatten.groups import ALGORITHMS, SHARED_KEYS, check_layouts, check_numbers, check_parameters, name_of, unpack
 from schatten.layout import blocks, resolve
-from schatten.rounding import store_
 from schatten.rule import Rule
 
 ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
-
-# Matrices of one shape are multiplied together up to this many entries (64 MiB in fp32): enough to fill the cores or
-# the GPU, little enough that a step's temporaries stay small beside the model.
-MAX_BATCH_ENTRIES = 1 << 24
 
 
 class SpectralOptimizer(torch.optim.Optimizer):
@@ -131,12 +126,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
 
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        wide = torch.empty_like(p, dtype=_wide(p.dtype))
+        like = torch.empty_like(p, dtype=wide(p.dtype))
         if group["algorithm"] == "adamw":
-            state = {key: torch.zeros_like(wide) for key in STATE_KEYS}
+            state = {key: torch.zeros_like(like) for key in STATE_KEYS}
         else:
-            state = self.rule(group).signal.init(wide)
-        counters = {key: torch.zeros((), device=p.device) for key in ("step", "skipped")}
+            state = self.rule(group).signal.init(like)
+        counters = {key: torch.zeros((), device=p.device) for key in COUNTERS}
         return {**state, **counters}
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                     adamw_step_(p, self.state[p], group, _seed(group, i))
             else:
                 rule = self.rule(group)
-                for batch in _batches(stepped, group["layout"]):
+                for batch in batches(stepped):
                     self._spectral_step_(batch, rule, group)
         return loss
 
@@ -185,31 +180,21 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 for key, value in state.items():
                     state[key] = value.to(p.device)
 
-    def _spectral_step_(self, batch: list[tuple[int, Tensor]], rule: Rule, group: Mapping[str, Any]) -> None:
-        """Step parameters of one shape together, as matrices (parameter, block, fan_out, fan_in)."""
-        params = [p for _, p in batch]
-        states = [self.state[p] for p in params]
-        wide = _wide(params[0].dtype)
-        view = (len(params), *blocks(_layout(params[0], group), params[0].shape))
-
-        def stacked(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.stack([t.reshape(view[1:]) for t in tensors]).to(wide)
-
-        G = stacked(p.grad for p in params if p.grad is not None)
-        finite = G.abs().amax(dim=(1, 2, 3), keepdim=True).isfinite()
-        G = torch.where(finite, -G if group["maximize"] else G, 0)
-        W = stacked(params)
-        old = {key: stacked(s[key] for s in states) for key in states[0] if key not in ("step", "skipped")}
-        new_W, new = rule.apply(W, G, old, group)
-        for key, value in new.items():
-            kept = torch.where(finite, value, old[key])
-            for s, v in zip(states, kept, strict=True):
-                s[key].copy_(v.view(s[key].shape))
-        for (i, p), w in zip(batch, torch.where(finite, new_W, W), strict=True):
-            store_(p, w.view(p.shape), group["rounding"], _seed(group, i))
-        counted = finite.flatten().float().unbind()
-        torch._foreach_add_([s["step"] for s in states], counted)
-        torch._foreach_add_([s["skipped"] for s in states], [1 - c for c in counted])
+    def _spectral_step_(self, batch: list[Member], rule: Rule, group: Mapping[str, Any]) -> None:
+        """Step parameters of one shape: signal and retraction part by part, the map on all of them at once."""
+        first = batch[0][1]
+        matrices = blocks(_layout(first, group), first.shape)
+        stacks = [Part(members, self.state, matrices) for members in parts(batch)]
+        signals = []
+        for part in stacks:
+            S, new_state = rule.signal(part.gradients(group["maximize"]), part.state(), group)
+            part.keep_state_(new_state)
+            signals.append(S)
+        directions = rule.map.grad(signals[0] if len(signals) == 1 else torch.cat(signals))
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        for part, D in zip(stacks, directions.split([len(part) for part in stacks]), strict=True):
+            W = rule.retraction(part.weights(), D, lr * rule.scale(D), decay)
+            part.keep_weights_(W, group["rounding"], [_seed(group, index) for index in part.indices])
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
 
@@ -256,11 +241,6 @@ class SpectralOptimizer(torch.optim.Optimizer):
         checkpoint.restore_precision(checked, self)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of state and arithmetic: the parameter's, but at least fp32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
 def _layout(p: Tensor, group: Mapping[str, Any]) -> str:
     return resolve(group["layout"], tuple(p.shape), "parameter")
 
@@ -268,14 +248,3 @@ def _layout(p: Tensor, group: Mapping[str, Any]) -> str:
 def _seed(group: Mapping[str, Any], index: int) -> int:
     """A seed for the rounding noise of one parameter at one step, the same on every rank and in every rerun."""
     return (group["step"] * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) & 0x7FFFFFFFFFFFFFFF
-
-
-def _batches(stepped: list[tuple[int, Tensor]], layout: str) -> Iterator[list[tuple[int, Tensor]]]:
-    """Parameters of one shape, dtype and device together, in batches of at most MAX_BATCH_ENTRIES entries."""
-    alike: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
-    for i, p in stepped:
-        alike[p.shape, p.dtype, p.device].append((i, p))
-    for (shape, _, _), members in alike.items():
-        size = max(1, MAX_BATCH_ENTRIES // max(1, shape.numel()))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]

@@ -1,4 +1,8 @@
-"""Retractions: how an update reaches the weight, (W, U, lr, weight_decay) -> new W."""
+"""Retractions: how a direction reaches the weight, (W, D, length, decay) -> new W.
+
+`length` is lr c(shape), so that the update U = c D is never a tensor of its own; `decay` is lr lambda, without the
+shape factor.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -8,17 +12,17 @@ from torch import Tensor
 
 @runtime_checkable
 class Retraction(Protocol):
-    """A pure function of the weight, the update, the learning rate and the weight decay."""
+    """A pure function of the weight, the direction, the step's length lr c and its decay lr lambda."""
 
-    def __call__(self, W: Tensor, U: Tensor, lr: float | Tensor, weight_decay: float) -> Tensor: ...
+    def __call__(self, W: Tensor, D: Tensor, length: float | Tensor, decay: float | Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class DecoupledDecay:
     """Weight decay beside the gradient, by the learning rate that is not multiplied by the shape factor.
 
-        form="explicit":  W <- (1 - lr lambda) W - lr U      (AdamW, Keller's Muon, torch, Dion)
-        form="implicit":  W <- (W - lr U) / (1 + lr lambda)  (arXiv 2506.15054, eq. 3)
+        form="explicit":  W <- (1 - lr lambda) W - lr c D      (AdamW, Keller's Muon, torch, Dion)
+        form="implicit":  W <- (W - lr c D) / (1 + lr lambda)  (arXiv 2506.15054, eq. 3)
 
     Either way W stays within, or tends to, the set where K*(lambda W / c) is finite; explicit decay does so at rate
     1 - lr lambda and needs lr lambda <= 1, implicit decay at rate 1 / (1 + lr lambda) for any lr.
@@ -30,7 +34,13 @@ class DecoupledDecay:
         if self.form not in ("explicit", "implicit"):
             raise ValueError(f"decay must be 'explicit' or 'implicit', got {self.form!r}.")
 
-    def __call__(self, W: Tensor, U: Tensor, lr: float | Tensor, weight_decay: float) -> Tensor:
+    def __call__(self, W: Tensor, D: Tensor, length: float | Tensor, decay: float | Tensor) -> Tensor:
         if self.form == "explicit":
-            return W * (1 - lr * weight_decay) - lr * U
-        return (W - lr * U) / (1 + lr * weight_decay)
+            return _minus_(W * (1 - decay), D, length)
+        return _minus_(W.clone(), D, length).div_(1 + decay)
+
+
+def _minus_(X: Tensor, D: Tensor, length: float | Tensor) -> Tensor:
+    if isinstance(length, Tensor):
+        return X.addcmul_(D, length.to(X), value=-1)
+    return X.add_(D, alpha=-length)

@@ -3,16 +3,12 @@
 gradient --signal--> S --map--> D --scale--> U --retraction--> weight
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from schatten.maps import Map, Nuclear
 from schatten.retractions import DecoupledDecay, Retraction
 from schatten.scales import Scale
-from schatten.signals import Momentum, Signal, State
+from schatten.signals import Momentum, Signal
 
 
 @dataclass(frozen=True)
@@ -33,12 +29,6 @@ class Rule:
     map: Map = field(default_factory=Nuclear)
     scale: Scale = field(default_factory=Scale)
     retraction: Retraction = field(default_factory=DecoupledDecay)
-
-    def apply(self, W: Tensor, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One update of weights (*b, m, n) from gradients of the same shape: (new weights, new state); pure."""
-        S, state = self.signal(G, state, group)
-        U = self.scale(self.map.grad(S))
-        return self.retraction(W, U, group["lr"], group["weight_decay"]), state
 
     def describe(self, weight_decay: float, fan_out: int, fan_in: int) -> str:
         """What decoupled decay makes this rule solve for a fan_out x fan_in matrix."""

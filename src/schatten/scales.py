@@ -59,6 +59,6 @@ class Scale:
             case _:
                 return 1.0
 
-    def __call__(self, D: Tensor) -> Tensor:
-        """c(shape) D for D of shape (*b, fan_out, fan_in)."""
-        return D * self.factor(*D.shape[-2:])
+    def __call__(self, D: Tensor) -> float:
+        """c of directions D of shape (*b, fan_out, fan_in)."""
+        return self.factor(*D.shape[-2:])

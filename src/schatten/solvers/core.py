@@ -22,6 +22,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+# Larger matrices are normalised one by one on a CPU, where a whole batch's temporaries would leave the cache.
+CPU_PIECE = 1 << 16
+
 
 @runtime_checkable
 class Solver(Protocol):
@@ -75,15 +78,17 @@ def check_matrices(X: Tensor, what: str) -> None:
 
 
 def normalised(X: Tensor, dtype: torch.dtype, divisor: float = 1.0) -> Tensor:
-    """`X / (divisor ||X||_F)` per matrix in `dtype`, for `X` of any finite scale; zero stays zero."""
+    """`X / (divisor ||X||_F)` per matrix (b, m, n) in `dtype`, for `X` of any finite scale; zero stays zero."""
+    if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:
+        Y = torch.empty_like(X, dtype=dtype)
+        for x, y in zip(X, Y, strict=True):
+            y.copy_(normalised(x.unsqueeze(0), dtype, divisor).squeeze(0))
+        return Y
     wide = X.to(torch.float64 if X.dtype == torch.float64 else torch.float32)
     largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
     Y = wide / torch.where(largest == 0, 1, largest)
     norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
-    inverse = 1 / (divisor * torch.where(norm == 0, 1, norm))
-    if dtype == Y.dtype:
-        return Y.mul_(inverse)
-    return torch.mul(Y, inverse, out=torch.empty_like(Y, dtype=dtype))
+    return Y.mul_(1 / (divisor * torch.where(norm == 0, 1, norm))).to(dtype)
 
 
 def quintic_steps(X: Tensor, steps: Sequence[Quintic]) -> Tensor:

@@ -34,6 +34,7 @@ def best_quintic(low: float, high: float) -> Quintic:
     if low / high > 1 - 1e-5:  # the four equations are no longer independent in fp64; the Taylor error is below 1e-15
         return tuple(k / high**power for k, power in zip(TAYLOR, (1, 3, 5), strict=True))  # type: ignore[return-value]
     first, second = low + (high - low) / 4, low + 3 * (high - low) / 4
+    a = b = c = 0.0
     previous = math.inf
     for _ in range(100):
         a, b, c, error = _equioscillating(low, first, second, high)

@@ -1,0 +1,22 @@
+"""Fixtures for every test: a fixed seed, and the axes that contracts run over."""
+
+import pytest
+import torch
+
+from schatten import presets
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=presets.__all__)
+def preset(request):
+    """Every optimizer of `schatten.presets`; a new file there is tested without being named here."""
+    return getattr(presets, request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def dtype(request):
+    return request.param

@@ -1,0 +1,84 @@
+"""Matrices with known spectra, and a way to read a solver's output along the singular vectors of its input.
+
+Not a test file: `contracts`, `facts` and `planted` import it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    """A seeded standard Gaussian in fp64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthonormal(m: int, r: int, seed: int = 0) -> Tensor:
+    """m x r with orthonormal columns."""
+    return torch.linalg.qr(gaussian(m, r, seed=seed))[0]
+
+
+def with_spectrum(m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:
+    """m x n in fp64 with singular values `sigma` and random singular vectors."""
+    r = sigma.numel()
+    return orthonormal(m, r, seed) @ torch.diag(sigma.double()) @ orthonormal(n, r, seed + 1).mT
+
+
+def _repeated() -> Tensor:
+    return with_spectrum(60, 72, torch.tensor([3.0, 1.0, 0.05]).repeat_interleave(20))
+
+
+# Each name is a way in which implementations have failed: orientation, ill-conditioning, rank, ties, degenerate sides.
+ZOO: dict[str, Tensor] = {
+    "Gaussian tall": gaussian(96, 40),
+    "Gaussian wide": gaussian(40, 96),
+    "Gaussian square": gaussian(64, 64),
+    "log-uniform 1 to 1e-3": with_spectrum(80, 64, torch.logspace(0, -3, 64)),
+    "rank one": gaussian(48, 1) @ gaussian(1, 80, seed=1),
+    "low rank plus noise": gaussian(64, 4) @ gaussian(4, 96, seed=1) + 1e-3 * gaussian(64, 96, seed=2),
+    "repeated singular values": _repeated(),
+    "power law 1/k": with_spectrum(96, 80, 1 / torch.arange(1, 81)),
+    "one row": gaussian(1, 50),
+    "one column": gaussian(50, 1),
+    "1 x 1": gaussian(1, 1),
+    "all ones 96 x 130": torch.ones(96, 130, dtype=torch.float64),
+}
+
+
+class Reading(NamedTuple):
+    """A solver's output O for an input U S V^T, in the input's own basis.
+
+    `sigma`: the input's singular values over its Frobenius norm. `gain`: the diagonal of U^T O V, what became of each.
+    `mixed`: U^T O V without its diagonal, what leaked from one direction into another. `outside`: what O holds outside
+    the input's row and column space.
+
+    The singular values of O alone would not do. They are blind to sign, so an output of -1, ascent along that
+    direction, looks perfect; they are blind to a pairing of the wrong left with the wrong right vectors; and as they
+    are sorted they cannot be matched to the sigma they came from.
+    """
+
+    sigma: Tensor
+    gain: Tensor
+    mixed: Tensor
+    outside: Tensor
+
+    def above(self, floor: float) -> "Reading":
+        """The same, of the directions with sigma >= floor only."""
+        kept = self.sigma >= floor
+        return Reading(self.sigma[kept], self.gain[kept], self.mixed[kept][:, kept], self.outside)
+
+
+def read(G: Tensor, O: Tensor) -> Reading:
+    """`O` along the singular vectors of `G`, in fp64."""
+    G, O = G.double(), O.double()
+    largest = G.abs().max()
+    U, s, Vh = torch.linalg.svd(G / largest, full_matrices=False)
+    M = U.mT @ O @ Vh.mT
+    gain = M.diagonal()
+    return Reading(s / s.norm(), gain, M - torch.diag(gain), O - U @ M @ Vh)
+
+
+def spectral_norm(M: Tensor) -> float:
+    """The largest singular value; 0 for a matrix without entries."""
+    return float(torch.linalg.matrix_norm(M, ord=2)) if M.numel() else 0.0
