@@ -101,11 +101,18 @@ def empty_stays_empty(solver: Solver) -> None:
 
 def input_is_only_read(solver: Solver) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for X in (gaussian(6, 9).to(dtype), gaussian(9, 6).to(dtype), gaussian(2, 5, 5).to(dtype), torch.ones(4, 4, dtype=dtype)):
+        for X in (
+            gaussian(6, 9).to(dtype),
+            gaussian(9, 6).to(dtype),
+            gaussian(2, 5, 5).to(dtype),
+            torch.ones(4, 4, dtype=dtype),
+        ):
             before, version = X.clone(), X._version
             O = solver(X)
             assert torch.equal(X, before) and X._version == version, f"{dtype} {tuple(X.shape)} was written to"
-            assert O.untyped_storage().data_ptr() != X.untyped_storage().data_ptr(), f"{dtype}: the output is the input's memory"
+            assert O.untyped_storage().data_ptr() != X.untyped_storage().data_ptr(), (
+                f"{dtype}: the output is the input's memory"
+            )
 
 
 def a_non_finite_matrix_spreads_nowhere_and_shows(solver: Solver) -> None:

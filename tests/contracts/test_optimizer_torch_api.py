@@ -67,7 +67,11 @@ def test_training_lowers_a_loss(preset):
     assert p.detach().square().sum() < 0.9 * first
 
 
-@pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1])], ids=["0-d", "1 element"])
+@pytest.mark.parametrize(
+    "lr",
+    [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.float64)],
+    ids=["0-d", "1 element", "1 element of fp64"],
+)
 def test_a_tensor_lr_acts_as_the_number_does(lr, dtype):
     weight, bias = torch.randn(6, 4).to(dtype), torch.randn(5).to(dtype)
     results = []

@@ -60,7 +60,8 @@ def test_repr_is_the_solver(builder, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{"tol": 1e-3}, {"tol": 0.123456789}, {"steps": 3}, {"steps": 6, "lower": 1e-4}, {"tol": 0.05, "lower": 0.0123456789}]
+    "options",
+    [{"tol": 1e-3}, {"tol": 0.123456789}, {"steps": 3}, {"steps": 6, "lower": 1e-4}, {"tol": 0.05, "lower": 0.0123456789}],
 )
 def test_repr_is_the_polynomial_with_these_options(options):
     solver = solvers.polynomial(**options)

@@ -1,0 +1,1 @@
+"""The laboratory: data, models, the training loop, comparisons and their reports. Needs `pip install schatten[lab]`."""

@@ -1,0 +1,146 @@
+"""The commands as typer sees them: options, their help, and the dataclasses they fill."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from schatten.lab.config import CompareConfig
+from schatten.lab.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Spectral optimizers: compare them on your data.",
+)
+
+# The same grid for every optimizer unless --lrs says otherwise.
+DEFAULT_LRS = "1e-3,2e-3,4e-3"
+
+# Output for a file or a pipe has no width of its own; tables need this much.
+PLAIN_WIDTH = 120
+
+
+@app.callback()
+def root() -> None:
+    """Spectral optimizers: compare them on your data."""
+
+
+@app.command()
+def compare(
+    data: Annotated[
+        str, typer.Option(help="Text file, folder (train.bin and val.bin, or *.txt), hf:NAME, or pydoc.")
+    ] = "pydoc",
+    tokens: Annotated[str, typer.Option(help="byte, char, or bpe:N, trained on the text.")] = "byte",
+    optimizer_names: Annotated[
+        str, typer.Option("--optimizers", help="Names, comma separated; see `schatten optimizers`.")
+    ] = "adamw,muon",
+    lrs: Annotated[
+        list[str], typer.Option(help="Grid for all optimizers (1e-3,4e-3) or for one (muon=1e-3,4e-3); repeatable.")
+    ] = [DEFAULT_LRS],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1 for every learning rate.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 300,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/compare-DATE-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,
+    layers: Annotated[int, typer.Option(help="Blocks of the GPT.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 64,
+    qk_norm: Annotated[bool, typer.Option("--qk-norm", help="RMS-normalise queries and keys.")] = False,
+    dropout: Annotated[float, typer.Option(help="Dropout probability.")] = 0.0,
+    batch: Annotated[int, typer.Option(help="Windows of a micro-batch, over all processes.")] = 12,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled decay of matrices and tables.")] = 0.1,
+    beta1: Annotated[float, typer.Option(help="AdamW's first beta.")] = 0.9,
+    beta2: Annotated[float, typer.Option(help="AdamW's second beta.")] = 0.99,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
+    schedule: Annotated[str, typer.Option(help="cosine, or linear: constant, then a cool-down over the last 40 %.")] = "cosine",
+    final_lr: Annotated[float, typer.Option(help="The last learning rate as a share of the peak.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Global gradient norm to clip at; 0 is off.")] = 1.0,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = 100,
+    eval_windows: Annotated[int, typer.Option(help="Validation windows during a run.")] = 64,
+    final_eval_windows: Annotated[int, typer.Option(help="Validation windows at its end.")] = 2048,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints: what a kill loses at most.")] = 200,
+    trackers: Annotated[str, typer.Option(help="Trackers of accelerate, comma separated; empty for none.")] = "tensorboard",
+) -> None:
+    """Train one GPT with several optimizers from the same weights on the same batches, and show who learns faster.
+
+    Leaves config.json, log.jsonl, checkpoints, TensorBoard files, report.html and its pictures in the run folder.
+    Works the same under `accelerate launch -m schatten compare ...` and torchrun.
+    """
+    names = tuple(name.strip().lower() for name in optimizer_names.split(",") if name.strip())
+    config = CompareConfig(
+        data=data if data == "pydoc" or data.startswith("hf:") else str(Path(data).resolve()),
+        tokens=tokens,
+        optimizers=names,
+        lrs=grids(lrs, names),
+        seeds=seeds,
+        steps=steps,
+        layers=layers,
+        heads=heads,
+        width=width,
+        context=context,
+        qk_norm=qk_norm,
+        dropout=dropout,
+        batch=batch,
+        accumulate=accumulate,
+        weight_decay=weight_decay,
+        beta1=beta1,
+        beta2=beta2,
+        warmup=warmup,
+        schedule=schedule,
+        final_lr=final_lr,
+        clip=clip,
+        mixed_precision=mixed_precision,
+        eval_every=eval_every,
+        eval_windows=eval_windows,
+        final_eval_windows=final_eval_windows,
+        save_every=save_every,
+        trackers=tuple(name for name in trackers.split(",") if name),
+    )
+    from schatten.lab import compare as comparison
+
+    comparison.compare(config, out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"), resume=resume, console=console())
+
+
+@app.command()
+def optimizers() -> None:
+    """List the optimizers that `compare` knows, one line each."""
+    from schatten.lab.optimizers import known
+
+    for name, summary in known().items():
+        console().print(f"{name:12} {summary}", highlight=False)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html and its pictures anew from the files of a run folder."""
+    from schatten.lab.report import write_report
+
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is no run folder: it has no config.json.")
+    console().print(f"report: {write_report(folder)}")
+
+
+def grids(entries: list[str], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """`--lrs` as a grid per optimizer: an entry without a name is everybody's, one with a name replaces it there."""
+    found: dict[str, tuple[float, ...]] = {}
+    for entry in sorted(entries, key=lambda entry: "=" in entry):
+        name, separator, numbers = entry.rpartition("=")
+        try:
+            grid = tuple(dict.fromkeys(float(number) for number in numbers.split(",") if number.strip()))
+        except ValueError:
+            raise InputError(f"--lrs takes numbers such as 1e-3,4e-3 or muon=1e-3,4e-3, got {entry!r}.") from None
+        for key in (name,) if separator else names:
+            found[key] = grid
+    return found
+
+
+def console() -> Console:
+    """The terminal, or a plain stream wide enough for tables."""
+    standard = Console()
+    return standard if standard.is_terminal else Console(width=PLAIN_WIDTH)

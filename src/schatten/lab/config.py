@@ -1,0 +1,123 @@
+"""What a comparison is: one frozen dataclass, checked at construction, saved as config.json."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from schatten.lab import optimizers
+from schatten.lab.errors import InputError
+
+SCHEDULES = ("cosine", "linear")
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+# The share of a linear schedule that is cool-down; before it the lr is constant.
+COOLDOWN = 0.4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison."""
+
+    optimizer: str
+    lr: float
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.optimizer}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison of optimizers from equal weights on equal batches. Defaults are those of `make demo`."""
+
+    data: str = "pydoc"
+    tokens: str = "byte"
+    optimizers: tuple[str, ...] = ("adamw", "muon")
+    lrs: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    seeds: int = 1
+    steps: int = 300
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    context: int = 64
+    qk_norm: bool = False
+    dropout: float = 0.0
+    batch: int = 12
+    accumulate: int = 1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    warmup: int = 100
+    schedule: str = "cosine"
+    final_lr: float = 0.1
+    clip: float = 1.0
+    mixed_precision: str = "no"
+    eval_every: int = 100
+    eval_windows: int = 64
+    final_eval_windows: int = 2048
+    save_every: int = 200
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        for name in self.optimizers:
+            optimizers.check(name)
+        if len(set(self.optimizers)) != len(self.optimizers) or not self.optimizers:
+            raise InputError(f"--optimizers must name each optimizer once, got {','.join(self.optimizers) or 'none'}.")
+        for name in self.optimizers:
+            if not self.lrs.get(name):
+                raise InputError(f"--lrs has no learning rate for {name}.")
+            for lr in self.lrs[name]:
+                if not 0 < lr < math.inf:
+                    raise InputError(f"--lrs must be positive and finite, got {lr:g} for {name}.")
+        if unused := set(self.lrs) - set(self.optimizers):
+            raise InputError(f"--lrs names {', '.join(sorted(unused))}, which --optimizers does not.")
+        positive = (
+            "seeds",
+            "steps",
+            "layers",
+            "heads",
+            "width",
+            "context",
+            "batch",
+            "accumulate",
+            "eval_every",
+            "eval_windows",
+        )
+        for name in (*positive, "final_eval_windows", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.width % self.heads:
+            raise InputError(f"--width must be a multiple of --heads, got {self.width} and {self.heads}.")
+        if not 0 <= self.warmup < self.steps:
+            raise InputError(f"--warmup must be at least 0 and below --steps {self.steps}, got {self.warmup}.")
+        if self.weight_decay < 0 or self.clip < 0:
+            raise InputError(f"--weight-decay and --clip must be at least 0, got {self.weight_decay:g} and {self.clip:g}.")
+        for name in ("beta1", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} must lie in [0, 1), got {getattr(self, name):g}.")
+        if not 0 <= self.final_lr <= 1:
+            raise InputError(f"--final-lr is a share of --lrs and must lie in [0, 1], got {self.final_lr:g}.")
+        for name, allowed in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {getattr(self, name)}.")
+
+    def runs(self) -> list[Run]:
+        """Every run, the seeds of one setting together."""
+        return [Run(name, lr, seed) for name in self.optimizers for lr in self.lrs[name] for seed in range(self.seeds)]
+
+    def lr_factor(self, step: int) -> float:
+        """The lr of a step (0-based) as a share of the peak: linear warm-up, then cosine decay or constant with cool-down."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        if self.schedule == "cosine":
+            decay = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            decay = min(1.0, (1 - progress) / COOLDOWN)
+        return self.final_lr + (1 - self.final_lr) * decay
+
+    def plain(self) -> dict[str, Any]:
+        """This configuration as JSON values."""
+        return {**asdict(self), "optimizers": list(self.optimizers), "trackers": list(self.trackers), "lrs": dict(self.lrs)}

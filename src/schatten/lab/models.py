@@ -1,0 +1,83 @@
+"""Models of the laboratory: a GPT."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT; `width` must be a multiple of `heads`."""
+
+    vocabulary: int
+    context: int = 64
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    qk_norm: bool = False
+    dropout: float = 0.0
+
+
+class Attention(nn.Module):
+    """Causal attention. Query, key and value are separate matrices: fused, they would be orthogonalised as one."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.query, self.key, self.value, self.output = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
+        head_width = config.width // config.heads
+        self.query_norm, self.key_norm = (nn.RMSNorm(head_width) if config.qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, is_causal=True, dropout_p=dropout)
+        return self.output(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a GELU network of four times the width."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width, bias=False)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width, bias=False)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+
+
+class GPT(nn.Module):
+    """GPT-2's architecture without biases, its token table tied to the head; initialised as nanoGPT's."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocabulary, config.width)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.layers) if residual else 0.02)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of `targets` given `ids`, both (batch, context)."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.dropout(self.tokens(ids) + self.positions(positions))
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def write_report(out):
+    return out / "report.html"

@@ -1,0 +1,208 @@
+"""One training run on accelerate: device, mixed precision, accumulation, clipping and trackers are its; the rest is here."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from schatten.lab import optimizers
+from schatten.lab.config import CompareConfig, Run
+from schatten.lab.data import Corpus, batch, validation_windows
+from schatten.lab.models import GPT, GPTConfig
+from schatten.lab.store import Store, replace_folder
+
+# Steps between log records and looks at the loss; each look waits for the device.
+LOG_EVERY = 10
+
+# Windows evaluated at once.
+EVAL_BATCH = 64
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; `seconds` are of training steps alone, `optimizer_seconds` the part in step()."""
+
+    step: int = 0
+    seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    train_loss: float = float("nan")
+    validation_loss: float = float("nan")
+
+    def optimizer_share(self) -> float:
+        return self.optimizer_seconds / self.seconds if self.seconds else 0.0
+
+
+Report = Callable[[Progress], None]
+
+
+def model_config(config: CompareConfig, vocabulary: int) -> GPTConfig:
+    return GPTConfig(
+        vocabulary, config.context, config.layers, config.heads, config.width, qk_norm=config.qk_norm, dropout=config.dropout
+    )
+
+
+class Trainer:
+    """A run with everything that changes while it trains."""
+
+    def __init__(self, config: CompareConfig, corpus: Corpus, run: Run, store: Store) -> None:
+        self.config, self.corpus, self.run, self.store = config, corpus, run, store
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=list(config.trackers) or None,
+            project_dir=store.tensorboard,
+        )
+        set_seed(run.seed)  # equal initial weights for every optimizer of this seed
+        model = GPT(model_config(config, corpus.vocabulary))
+        betas = (config.beta1, config.beta2)
+        optimizer = optimizers.build(run.optimizer, model, lr=run.lr, weight_decay=config.weight_decay, betas=betas)
+        self.bounds = optimizers.bounds(optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.progress = Progress()
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def train(self, report: Report) -> float:
+        """Train to the last step and return the final validation loss; a diverged run returns inf."""
+        self._resume()
+        if self.is_main and self.config.trackers:
+            plain = {k: v for k, v in self.config.plain().items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers(self.run.id, {**plain, "optimizer": self.run.optimizer, "lr": self.run.lr})
+        losses: list[Tensor] = []
+        diverged = False
+        while self.progress.step < self.config.steps and not diverged:
+            losses.append(self._step())
+            step = self.progress.step
+            last = step == self.config.steps
+            if step % LOG_EVERY == 0 or last:
+                diverged = not self._log(losses)
+                losses.clear()
+                report(self.progress)
+            if not diverged and (last or step % self.config.eval_every == 0):
+                diverged = not self._evaluate(self.config.final_eval_windows if last else self.config.eval_windows)
+            if not diverged and (last or step % self.config.save_every == 0):
+                self._save()
+        self._finish(diverged)
+        report(self.progress)
+        return float("inf") if diverged else self.progress.validation_loss
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> Tensor:
+        step = self.progress.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.lr * self.config.lr_factor(step)
+        start = time.perf_counter()
+        optimizer_seconds = 0.0
+        losses = []
+        for ids, targets in self._micro_batches(step):
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(ids, targets)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.config.clip:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+                before = self._clock()
+                self.optimizer.step()
+                optimizer_seconds += self._clock() - before
+                self.optimizer.zero_grad()
+                losses.append(loss.detach())
+        self.progress.step += 1
+        self.progress.seconds += self._clock() - start
+        self.progress.optimizer_seconds += optimizer_seconds
+        return torch.stack(losses).mean()
+
+    def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """This process's share of the step's batch, in `accumulate` pieces."""
+        size = self.config.batch * self.config.accumulate
+        ids, targets = batch(self.corpus.train, self.config.context, size, seed=self.run.seed, step=step)
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        pieces = zip(ids.chunk(self.config.accumulate), targets.chunk(self.config.accumulate), strict=True)
+        return [(x[rank::world].to(device), y[rank::world].to(device)) for x, y in pieces]
+
+    def _clock(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # -- what is recorded ------------------------------------------------------------------------------------------
+
+    def _log(self, losses: list[Tensor]) -> bool:
+        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+        assert isinstance(mean, Tensor)
+        self.progress.train_loss = float(mean)
+        self._record("train", loss=self.progress.train_loss, lr=self.optimizer.param_groups[0]["lr"])
+        return bool(mean.isfinite())
+
+    def _evaluate(self, windows: int) -> bool:
+        """Mean loss over `windows` fixed windows of the validation part; every process takes its share of each batch."""
+        ids, targets = validation_windows(self.corpus.validation, self.config.context, windows)
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        total = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
+        count = torch.zeros_like(total)
+        self.model.eval()
+        with torch.no_grad():
+            for x, y in zip(ids[rank::world].split(EVAL_BATCH), targets[rank::world].split(EVAL_BATCH), strict=True):
+                total += self.model(x.to(device), y.to(device)) * len(x)
+                count += len(x)
+        self.model.train()
+        both = self.accelerator.reduce(torch.stack([total, count]), "sum")
+        assert isinstance(both, Tensor)
+        self.progress.validation_loss = float(both[0] / both[1])
+        self._record("eval", loss=self.progress.validation_loss, windows=len(ids))
+        return bool(both.isfinite().all())
+
+    def _record(self, event: str, **values: Any) -> None:
+        if self.is_main:
+            p = self.progress
+            times = {"step": p.step, "seconds": p.seconds, "optimizer_seconds": p.optimizer_seconds}
+            self.store.append({"run": self.run.id, "event": event, **times, **values})
+            if self.config.trackers and event != "done":
+                self.accelerator.log({f"{event}/{name}": value for name, value in values.items()}, step=p.step)
+
+    def _finish(self, diverged: bool) -> None:
+        loss = float("inf") if diverged else self.progress.validation_loss
+        self.progress.validation_loss = loss
+        parameters = sum(p.numel() for p in self.model.parameters())
+        run = {"optimizer": self.run.optimizer, "lr": self.run.lr, "seed": self.run.seed}
+        self._record("done", loss=loss, parameters=parameters, bounds=self.bounds, **run)
+        if self.config.trackers:
+            self.accelerator.end_training()
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        target = self.store.checkpoint(self.run.id)
+        partial = target.with_name(target.name + ".partial")
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial), safe_serialization=True)
+        if self.is_main:
+            (partial / "progress.json").write_text(json.dumps(vars(self.progress)))
+            replace_folder(partial, target)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        folder = newest(self.store.checkpoint(self.run.id))
+        if folder is not None:
+            self.accelerator.load_state(str(folder))
+            self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        if self.is_main:
+            self.store.rewind(self.run.id, self.progress.step)
+        self.accelerator.wait_for_everyone()
+
+
+def newest(target: Path) -> Path | None:
+    """The last complete checkpoint at `target`: itself, or the one it was about to replace."""
+    candidates = (target, target.with_name(target.name + ".old"))
+    return next((folder for folder in candidates if (folder / "progress.json").exists()), None)

@@ -1,0 +1,172 @@
+"""A checkpoint holds everything: state from the first moment, and a resumed run that no bit tells from an uninterrupted one."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import schatten
+
+SAVED_AT, END = 3, 10
+
+
+def parameters(dtype):
+    """Two matrices of one shape, another matrix, and two vectors for AdamW, with seeded values."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 4), (6, 4), (3, 5), (5,), (4,)]
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def optimizer(params, preset=schatten.Muon, **options):
+    return preset([{"params": params[:3]}, {"params": params[3:], "algorithm": "adamw"}], **options)
+
+
+def train(opt, params, steps):
+    for step in steps:
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
+        opt.step()
+
+
+def through_a_file(state_dict):
+    """What torch.save and a safe torch.load leave of it."""
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def flat(state):
+    """Every tensor and plain value of a state_dict with its path, for comparison."""
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(state)
+    return {str(path): value for path, value in leaves}
+
+
+def assert_same_state(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for path, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == b[path].dtype and torch.equal(value, b[path]), path
+        else:
+            assert value == b[path], path
+
+
+def test_state_exists_for_every_parameter_before_the_first_step(preset, dtype):
+    params = parameters(dtype)
+    opt = optimizer(params, preset)
+    assert set(opt.state) == set(params)
+    saved = opt.state_dict()["state"]
+    assert sorted(saved) == list(range(len(params)))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for i, p in enumerate(params):
+        tensors = {k: v for k, v in saved[i].items() if k not in ("step", "skipped")}
+        assert any(v.shape == p.shape and v.dtype == wide for v in tensors.values())
+        assert all(v.count_nonzero() == 0 for v in saved[i].values())
+
+
+def test_the_keys_of_state_do_not_depend_on_who_had_a_gradient(preset):
+    params = parameters(torch.float32)
+    opt = optimizer(params, preset)
+    before = {i: set(s) for i, s in opt.state_dict()["state"].items()}
+    params[0].grad = torch.randn(6, 4)
+    opt.step()
+    assert {i: set(s) for i, s in opt.state_dict()["state"].items()} == before
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(preset, dtype):
+    params = parameters(dtype)
+    opt = optimizer(params, preset, lr=0.05, weight_decay=0.2)
+    train(opt, params, range(SAVED_AT))
+    saved = through_a_file({"model": [p.detach() for p in params], "optimizer": opt.state_dict()})
+    train(opt, params, range(SAVED_AT, END))
+
+    resumed = [nn.Parameter(w.clone()) for w in saved["model"]]
+    other = optimizer(resumed, preset, lr=0.9, weight_decay=0.0)
+    for group in other.param_groups:
+        for key in {"momentum", "beta1", "beta2"} & set(group):
+            group[key] = 0.3
+    train(other, resumed, range(2))  # a state to forget
+    with torch.no_grad():
+        for p, w in zip(resumed, saved["model"], strict=True):
+            p.copy_(w)
+    other.load_state_dict(saved["optimizer"])
+    assert other.param_groups[0]["lr"] == 0.05 and other.param_groups[1]["weight_decay"] == 0.2
+    assert_same_state(other.state_dict(), saved["optimizer"])
+    train(other, resumed, range(SAVED_AT, END))
+
+    assert all(torch.equal(p, q) for p, q in zip(params, resumed, strict=True))
+    assert_same_state(other.state_dict(), opt.state_dict())
+
+
+def test_loading_copies_and_leaves_the_given_dictionary_alone():
+    params = parameters(torch.float32)
+    opt = optimizer(params)
+    train(opt, params, range(2))
+    given = opt.state_dict()
+    kept = copy.deepcopy(given)
+    other_params = parameters(torch.float32)
+    other = optimizer(other_params)
+    other.load_state_dict(given)
+    train(other, other_params, range(3))
+    assert_same_state(given, kept)
+
+
+def test_a_state_dict_holds_plain_values_and_the_text_of_its_rule():
+    params = parameters(torch.float32)
+    opt = optimizer(params, scale="mup", solver=schatten.solvers.svd(), nesterov=False)
+    spectral, adamw = opt.state_dict()["param_groups"]
+    assert spectral["rule"] == repr(opt.rule(opt.param_groups[0]))
+    assert "Scale(name='mup')" in spectral["rule"] and "svd()" in spectral["rule"] and "nesterov=False" in spectral["rule"]
+    assert spectral["schema"] == adamw["schema"] == 1
+    assert {"lr", "weight_decay", "momentum", "nesterov", "scale", "form", "decay", "rounding"} <= set(spectral)
+    plain = (bool, int, float, str, torch.Tensor)
+    assert all(isinstance(v, plain) for v in flat([spectral, adamw]).values())
+
+
+def test_numbers_of_every_kind_come_back_from_a_checkpoint():
+    numpy = pytest.importorskip("numpy")
+    for lr in (0.25, 1, torch.tensor(0.25), numpy.float64(0.25), numpy.float32(0.25)):
+        opt = schatten.Muon([parameters(torch.float32)[0]], lr=lr)
+        other = schatten.Muon([parameters(torch.float32)[0]], lr=0.5)
+        other.load_state_dict(through_a_file(opt.state_dict()))
+        assert float(other.param_groups[0]["lr"]) == float(lr), type(lr)
+
+
+def test_a_loaded_optimizer_keeps_its_own_solver_object_and_steps_with_it():
+    p, q = parameters(torch.float32)[:2]
+    opt = schatten.Muon([p], solver=schatten.solvers.svd())
+    other = schatten.Muon([q], solver=(solver := schatten.solvers.svd()))
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    assert other.param_groups[0]["solver"] == solver and not isinstance(other.param_groups[0]["solver"], str)
+    train(other, [q], range(1))
+
+
+def test_names_are_saved_and_come_back():
+    def build():
+        return schatten.Muon([("a", parameters(torch.float32)[0]), ("b", parameters(torch.float32)[1])])
+
+    saved = through_a_file(build().state_dict())
+    assert saved["param_groups"][0]["param_names"] == ["a", "b"]
+    other = build()
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["param_names"] == ["a", "b"]
+
+
+def test_a_model_resumes_through_a_file(dtype):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype)
+        return model, schatten.Muon(model, lr=0.05)
+
+    model, opt = build()
+    train(opt, list(model.parameters()), range(SAVED_AT))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": opt.state_dict()})
+    train(opt, list(model.parameters()), range(SAVED_AT, END))
+    other, other_opt = build()
+    other.load_state_dict(saved["model"])
+    other_opt.load_state_dict(saved["optimizer"])
+    train(other_opt, list(other.parameters()), range(SAVED_AT, END))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
