@@ -5,63 +5,67 @@ A state_dict is tensors and plain values, so it loads with `weights_only=True`. 
 objects (a solver, a rule) are saved as text and never read back: the optimizer's own stay.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from schatten.batching import COUNTERS, wide
 from schatten.groups import name_of
+from schatten.rule import Rule
 from schatten.scales import Scale
 
-if TYPE_CHECKING:
-    from schatten.optimizer import SpectralOptimizer
+RuleOf = Callable[[Mapping[str, Any]], Rule]
+
+States = Mapping[torch.Tensor, dict[str, torch.Tensor]]
 
 SCHEMA = 1
 
 PLAIN = (bool, int, float, str, torch.Tensor, type(None))
 
 
-def exported(packed: dict[str, Any], optimizer: "SpectralOptimizer") -> dict[str, Any]:
-    """`packed`, a torch state_dict of `optimizer`, with rules and other objects as text."""
+def exported(packed: dict[str, Any], live_groups: Sequence[Mapping[str, Any]], rule_of: RuleOf) -> dict[str, Any]:
+    """`packed`, torch's state_dict of an optimizer with these groups and rules, with rules and other objects as text."""
     groups = []
-    for saved, live in zip(packed["param_groups"], optimizer.param_groups, strict=True):
+    for saved, live in zip(packed["param_groups"], live_groups, strict=True):
         group = {k: v if _plain(v) else repr(v) for k, v in saved.items()}
         group["schema"] = SCHEMA
         if live["algorithm"] == "spectral":
-            group["rule"] = repr(optimizer.rule(live))
+            group["rule"] = repr(rule_of(live))
         groups.append(group)
     return {**packed, "param_groups": groups}
 
 
-def imported(state_dict: Mapping[str, Any], optimizer: "SpectralOptimizer") -> dict[str, Any]:
-    """`state_dict` checked against `optimizer`, with the optimizer's objects in the place of their texts."""
+def imported(
+    state_dict: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States, rule_of: RuleOf
+) -> dict[str, Any]:
+    """`state_dict` checked against an optimizer's groups, state and rules, with its objects in the place of their texts."""
     saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(optimizer.param_groups):
+    if len(saved_groups) != len(live_groups):
         raise ValueError(
-            f"The checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(optimizer.param_groups)}: "
+            f"The checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(live_groups)}: "
             f"build it from the same groups."
         )
     if any("ns_coefficients" in group for group in saved_groups):
-        state_dict = _from_torch_muon(state_dict, optimizer)
+        state_dict = _from_torch_muon(state_dict, live_groups, live_state, rule_of)
     groups = []
-    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
-        _check_group(saved, live, optimizer)
+    for saved, live in zip(state_dict["param_groups"], live_groups, strict=True):
+        _check_group(saved, live, rule_of)
         objects = {k: v for k, v in live.items() if k != "params" and not _plain(v)}
         groups.append({k: v for k, v in {**saved, **objects}.items() if k in live or k not in ("rule", "schema")})
-    for saved, live in zip(groups, optimizer.param_groups, strict=True):
-        _check_state(saved, live, state_dict["state"], optimizer)
+    for saved, live in zip(groups, live_groups, strict=True):
+        _check_state(saved, live, state_dict["state"], live_state)
     return {**state_dict, "param_groups": groups}
 
 
-def restore_precision(state_dict: Mapping[str, Any], optimizer: "SpectralOptimizer") -> None:
+def restore_precision(state_dict: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States) -> None:
     """Give state the saved values in the precision of state: torch has cast them to that of the parameters."""
-    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+    for saved, live in zip(state_dict["param_groups"], live_groups, strict=True):
         for index, p in zip(saved["params"], live["params"], strict=True):
             for key, value in state_dict["state"][index].items():
                 # A fresh tensor, so that the optimizer never shares memory with the caller's dictionary.
                 wanted = torch.float32 if key in COUNTERS else wide(p.dtype)
-                optimizer.state[p][key] = torch.empty_like(value, dtype=wanted, device=p.device).copy_(value)
+                live_state[p][key] = torch.empty_like(value, dtype=wanted, device=p.device).copy_(value)
 
 
 def _plain(value: Any) -> bool:
@@ -70,7 +74,7 @@ def _plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
-def _check_group(saved: Mapping[str, Any], live: Mapping[str, Any], optimizer: "SpectralOptimizer") -> None:
+def _check_group(saved: Mapping[str, Any], live: Mapping[str, Any], rule_of: RuleOf) -> None:
     if "schema" not in saved or "algorithm" not in saved:
         raise ValueError(
             "This is not a checkpoint of a schatten optimizer (no 'schema' in its groups); of others', "
@@ -82,23 +86,21 @@ def _check_group(saved: Mapping[str, Any], live: Mapping[str, Any], optimizer: "
         raise ValueError(
             f"The checkpoint trains a group by {saved['algorithm']!r} that this optimizer trains by {live['algorithm']!r}."
         )
-    if live["algorithm"] == "spectral" and saved["rule"] != (own := repr(optimizer.rule(live))):
+    if live["algorithm"] == "spectral" and saved["rule"] != (own := repr(rule_of(live))):
         raise ValueError(
             f"The checkpoint is of another rule.\n  checkpoint: {saved['rule']}\n  optimizer:  {own}\n"
             f"Build the optimizer with the checkpoint's options, or start it without loading."
         )
 
 
-def _check_state(
-    saved: Mapping[str, Any], live: Mapping[str, Any], state: Mapping[Any, Any], optimizer: "SpectralOptimizer"
-) -> None:
+def _check_state(saved: Mapping[str, Any], live: Mapping[str, Any], state: Mapping[Any, Any], live_state: States) -> None:
     if len(saved["params"]) != len(live["params"]):
         raise ValueError(
             f"A group of the checkpoint has {len(saved['params'])} parameters, this optimizer's has {len(live['params'])}."
         )
     wrong = []
     for i, (index, p) in enumerate(zip(saved["params"], live["params"], strict=True)):
-        wanted = {key: tuple(value.shape) for key, value in optimizer.state[p].items()}
+        wanted = {key: tuple(value.shape) for key, value in live_state[p].items()}
         found = {key: tuple(value.shape) for key, value in state.get(index, {}).items()}
         if wanted != found:
             wrong.append(f"{name_of(live, i)} of shape {tuple(p.shape)}: needs {wanted}, checkpoint has {found}")
@@ -106,13 +108,15 @@ def _check_state(
         raise ValueError("The checkpoint's state does not fit these parameters:\n  " + "\n  ".join(wrong))
 
 
-def _from_torch_muon(state_dict: Mapping[str, Any], optimizer: "SpectralOptimizer") -> dict[str, Any]:
+def _from_torch_muon(
+    state_dict: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States, rule_of: RuleOf
+) -> dict[str, Any]:
     """torch.optim.Muon's state as this optimizer's: its momentum buffers and numbers; its scale and Nesterov must agree."""
     groups, state = [], {}
-    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+    for saved, live in zip(state_dict["param_groups"], live_groups, strict=True):
         if live["algorithm"] != "spectral":
             raise ValueError("torch.optim.Muon's checkpoint holds matrices only, but this optimizer has an AdamW group.")
-        rule = optimizer.rule(live)
+        rule = rule_of(live)
         theirs = {"scale": Scale(saved["adjust_lr_fn"] or "original"), "nesterov": saved["nesterov"], "form": "ema"}
         ours = {"scale": rule.scale, **{k: getattr(rule.signal, k, None) for k in ("nesterov", "form")}}
         if theirs != ours:
@@ -124,6 +128,6 @@ def _from_torch_muon(state_dict: Mapping[str, Any], optimizer: "SpectralOptimize
         own = {k: v for k, v in live.items() if k != "params"}
         groups.append({**own, **numbers, "params": saved["params"], "schema": SCHEMA, "rule": repr(rule)})
         for index, p in zip(saved["params"], live["params"], strict=True):
-            fresh = {key: torch.zeros_like(value) for key, value in optimizer.state[p].items()}
+            fresh = {key: torch.zeros_like(value) for key, value in live_state[p].items()}
             state[index] = {**fresh, **state_dict["state"].get(index, {})}
     return {"state": state, "param_groups": groups}

@@ -4,7 +4,9 @@ Wrong input ends with one line on standard error and exit code 2; an interrupted
 """
 
 import errno
+import logging
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
@@ -15,6 +17,8 @@ def main() -> None:
         _fail(f"the command line needs {error.name}: pip install 'schatten[lab]'")
     from schatten.lab.errors import InputError
 
+    # accelerate announces at every save that tied weights are stored once.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     try:
         app()
     except InputError as error:
@@ -28,6 +32,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -228,7 +228,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only; each spectral group carries the text of its rule (`schatten.checkpoint`)."""
-        return checkpoint.exported(super().state_dict(), self)
+        return checkpoint.exported(super().state_dict(), self.param_groups, self.rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()` of an optimizer with the same rules, or from torch.optim.Muon's.
@@ -236,9 +236,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         lr, momentum and every other number come from the checkpoint; the rule must agree. Raises ValueError, before
         anything changes, for another rule, another optimizer's state or parameters that do not match.
         """
-        checked = checkpoint.imported(state_dict, self)
+        checked = checkpoint.imported(state_dict, self.param_groups, self.state, self.rule)
         super().load_state_dict(checked)
-        checkpoint.restore_precision(checked, self)
+        checkpoint.restore_precision(checked, self.param_groups, self.state)
 
 
 def _layout(p: Tensor, group: Mapping[str, Any]) -> str:

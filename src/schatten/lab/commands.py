@@ -10,12 +10,7 @@ from rich.console import Console
 from schatten.lab.config import CompareConfig
 from schatten.lab.errors import InputError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Spectral optimizers: compare them on your data.",
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # The same grid for every optimizer unless --lrs says otherwise.
 DEFAULT_LRS = "1e-3,2e-3,4e-3"
@@ -31,12 +26,10 @@ def root() -> None:
 
 @app.command()
 def compare(
-    data: Annotated[
-        str, typer.Option(help="Text file, folder (train.bin and val.bin, or *.txt), hf:NAME, or pydoc.")
-    ] = "pydoc",
+    data: Annotated[str, typer.Option(help="Text file, folder (train.bin + val.bin, or *.txt), hf:NAME, or pydoc.")] = "pydoc",
     tokens: Annotated[str, typer.Option(help="byte, char, or bpe:N, trained on the text.")] = "byte",
-    optimizer_names: Annotated[
-        str, typer.Option("--optimizers", help="Names, comma separated; see `schatten optimizers`.")
+    names: Annotated[
+        str, typer.Option("--optimizers", help="Comma separated; `schatten optimizers` lists them.")
     ] = "adamw,muon",
     lrs: Annotated[
         list[str], typer.Option(help="Grid for all optimizers (1e-3,4e-3) or for one (muon=1e-3,4e-3); repeatable.")
@@ -72,12 +65,12 @@ def compare(
     Leaves config.json, log.jsonl, checkpoints, TensorBoard files, report.html and its pictures in the run folder.
     Works the same under `accelerate launch -m schatten compare ...` and torchrun.
     """
-    names = tuple(name.strip().lower() for name in optimizer_names.split(",") if name.strip())
+    chosen = tuple(name.strip().lower() for name in names.split(",") if name.strip())
     config = CompareConfig(
-        data=data if data == "pydoc" or data.startswith("hf:") else str(Path(data).resolve()),
+        data=data,
         tokens=tokens,
-        optimizers=names,
-        lrs=grids(lrs, names),
+        optimizers=chosen,
+        lrs=grids(lrs, chosen),
         seeds=seeds,
         steps=steps,
         layers=layers,

@@ -65,8 +65,9 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
         store.open(saved, resume=resume, checkpoint_bytes=12 * parameters * (len(config.runs()) + 1))
     state.wait_for_everyone()
     console.print(
-        f"{len(config.runs())} runs of {config.steps} steps: GPT of {parameters:,} parameters, {config.tokens} tokens of "
-        f"{corpus.source} ({len(corpus.train):,} to train, {len(corpus.validation):,} to validate, vocabulary {corpus.vocabulary})"
+        f"{len(config.runs())} runs of {config.steps} steps: GPT of {parameters:,} parameters, "
+        f"{config.tokens} tokens of {corpus.source} ({len(corpus.train):,} to train, "
+        f"{len(corpus.validation):,} to validate, vocabulary {corpus.vocabulary})"
     )
     finished = store.results()
     with _bars(console) as bars:

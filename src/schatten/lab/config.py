@@ -73,19 +73,8 @@ class CompareConfig:
                     raise InputError(f"--lrs must be positive and finite, got {lr:g} for {name}.")
         if unused := set(self.lrs) - set(self.optimizers):
             raise InputError(f"--lrs names {', '.join(sorted(unused))}, which --optimizers does not.")
-        positive = (
-            "seeds",
-            "steps",
-            "layers",
-            "heads",
-            "width",
-            "context",
-            "batch",
-            "accumulate",
-            "eval_every",
-            "eval_windows",
-        )
-        for name in (*positive, "final_eval_windows", "save_every"):
+        sizes = ("seeds", "steps", "layers", "heads", "width", "context", "batch", "accumulate")
+        for name in (*sizes, "eval_every", "eval_windows", "final_eval_windows", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.width % self.heads:

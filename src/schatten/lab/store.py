@@ -9,7 +9,6 @@ runs/NAME/config.json               the configuration, the data's fingerprint, v
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,21 +46,22 @@ class Store:
         free, needed = shutil.disk_usage(existing).free, checkpoint_bytes + RESERVE_BYTES
         if free < needed:
             raise InputError(
-                f"--out {self.root} has {free >> 20} MiB free, this comparison needs {needed >> 20} MiB: make room or name another disk."
+                f"--out {self.root} has {free >> 20} MiB free, this comparison needs {needed >> 20} MiB: "
+                f"make room or name another disk."
             )
         self.root.mkdir(parents=True, exist_ok=True)
         write_atomically(found, json.dumps(encoded(config), indent=1) + "\n")
 
     def _compare(self, config: Mapping[str, Any], saved: Mapping[str, Any], resume: bool) -> None:
         given = json.loads(json.dumps(encoded(config)))
-        # Versions may change between sessions; what is trained may not.
-        differing = [key for key in sorted({*given, *saved} - {"versions"}) if given.get(key) != saved.get(key)]
+        # Versions may change between sessions and the data may have moved (its fingerprint may not); what is trained stays.
+        differing = [key for key in sorted({*given, *saved} - {"versions", "data"}) if given.get(key) != saved.get(key)]
         if differing:
             pairs = "; ".join(f"{key}: {saved.get(key)} there, {given.get(key)} now" for key in differing)
             raise InputError(f"--out {self.root} holds another comparison ({pairs}): name another folder.")
         if not resume:
             raise InputError(
-                f"--out {self.root} holds this comparison already: add --resume to continue it, or name another folder."
+                f"--out {self.root} holds this comparison already: add --resume to continue, or name another folder."
             )
 
     def records(self) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` as a whole: a reader, or a kill, sees the old text or the new."""
     temporary = path.with_suffix(path.suffix + ".partial")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -42,7 +42,5 @@ def _byte_pairs(size: int, training_text: str) -> tuple[Encode, int]:
     tokenizer.train_from_iterator(training_text.splitlines(keepends=True), trainer)
     found = tokenizer.get_vocab_size()
     if found < size:
-        raise InputError(
-            f"--tokens bpe:{size} does not fit this text, which has only {found} distinct pieces: take bpe:{found}."
-        )
+        raise InputError(f"--tokens bpe:{size} does not fit this text, which has {found} distinct pieces: take bpe:{found}.")
     return lambda part: np.array(tokenizer.encode(part).ids, dtype=np.int32), size
