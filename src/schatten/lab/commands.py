@@ -49,7 +49,7 @@ def compare(
     weight_decay: Annotated[float, typer.Option(help="Decoupled decay of matrices and tables.")] = 0.1,
     beta1: Annotated[float, typer.Option(help="AdamW's first beta.")] = 0.9,
     beta2: Annotated[float, typer.Option(help="AdamW's second beta.")] = 0.99,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up; default a twentieth of --steps.")] = None,
     schedule: Annotated[str, typer.Option(help="cosine, or linear: constant, then a cool-down over the last 40 %.")] = "cosine",
     final_lr: Annotated[float, typer.Option(help="The last learning rate as a share of the peak.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Global gradient norm to clip at; 0 is off.")] = 1.0,

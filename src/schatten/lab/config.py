@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from accelerate.tracking import get_available_trackers
+
 from schatten.lab import optimizers
 from schatten.lab.errors import InputError
 
@@ -49,7 +51,7 @@ class CompareConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
-    warmup: int = 100
+    warmup: int | None = None
     schedule: str = "cosine"
     final_lr: float = 0.1
     clip: float = 1.0
@@ -61,6 +63,9 @@ class CompareConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", self.steps // 20)
+        assert self.warmup is not None
         for name in self.optimizers:
             optimizers.check(name)
         if len(set(self.optimizers)) != len(self.optimizers) or not self.optimizers:
@@ -79,6 +84,9 @@ class CompareConfig:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.width % self.heads:
             raise InputError(f"--width must be a multiple of --heads, got {self.width} and {self.heads}.")
+        available = [str(tracker) for tracker in get_available_trackers()]
+        if unknown := [name for name in self.trackers if name not in available]:
+            raise InputError(f"--trackers has no {', '.join(unknown)}: installed are {', '.join(available) or 'none'}.")
         if not 0 <= self.warmup < self.steps:
             raise InputError(f"--warmup must be at least 0 and below --steps {self.steps}, got {self.warmup}.")
         if self.weight_decay < 0 or self.clip < 0:
@@ -98,9 +106,10 @@ class CompareConfig:
 
     def lr_factor(self, step: int) -> float:
         """The lr of a step (0-based) as a share of the peak: linear warm-up, then cosine decay or constant with cool-down."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        warmup = self.warmup or 0
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, self.steps - warmup)
         if self.schedule == "cosine":
             decay = 0.5 * (1 + math.cos(math.pi * progress))
         else:
