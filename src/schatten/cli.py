@@ -1,6 +1,6 @@
 """The command line: `schatten COMMAND`, or `python -m schatten COMMAND`.
 
-Wrong input ends with one line on standard error and exit code 2; an interrupted run with 130.
+Wrong input ends with one line on standard error and exit code 2.
 """
 
 import errno
@@ -27,9 +27,6 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{error.filename or 'the output folder'} cannot be written: {error.strerror}.")
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume continues from the last save", file=sys.stderr)
-        sys.exit(130)
 
 
 def _fail(message: str) -> NoReturn:

@@ -97,7 +97,12 @@ def compare(
     )
     from schatten.lab import compare as comparison
 
-    comparison.compare(config, out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"), resume=resume, console=console())
+    folder = out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+    try:
+        comparison.compare(config, folder, resume=resume, console=console())
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the same command with --out {folder} --resume continues from the last save", err=True)
+        raise
 
 
 @app.command()

@@ -5,6 +5,7 @@ are a pure function of seed and step, so every optimizer of a comparison, and ev
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,22 +118,22 @@ def _fingerprint(train: np.ndarray, validation: np.ndarray, vocabulary: int) -> 
     return digest.hexdigest()[:16]
 
 
-def windows(tokens: np.ndarray, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+def windows(tokens: np.ndarray, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets, both (len(starts), context)."""
-    rows = np.stack([tokens[s : s + context + 1] for s in starts.tolist()]).astype(np.int64)
+    rows = np.stack([tokens[s : s + context + 1] for s in starts]).astype(np.int64)
     both = torch.from_numpy(rows)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 def batch(tokens: np.ndarray, context: int, size: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """The training batch of a step: `size` windows at uniform places, a function of seed and step alone."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
-    starts = torch.randint(0, len(tokens) - context, (size,), generator=generator)
-    return windows(tokens, starts, context)
+    # Not torch's generator: on a CPU it keeps only the lower 32 bits of its seed.
+    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - context, size)
+    return windows(tokens, starts.tolist(), context)
 
 
 def validation_windows(tokens: np.ndarray, context: int, count: int) -> tuple[Tensor, Tensor]:
     """At most `count` windows that do not overlap, spread evenly over the validation part."""
     available = (len(tokens) - 1) // context
-    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
-    return windows(tokens, chosen * context, context)
+    chosen = np.linspace(0, available - 1, min(count, available)).round().astype(int)
+    return windows(tokens, (chosen * context).tolist(), context)

@@ -74,10 +74,14 @@ class GPT(nn.Module):
                 residual = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.layers) if residual else 0.02)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` given `ids`, both (batch, context)."""
+    def logits(self, ids: Tensor) -> Tensor:
+        """Scores of the next token, (batch, context) -> (batch, context, vocabulary)."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.dropout(self.tokens(ids) + self.positions(positions))
         for block in self.blocks:
             x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+        return self.head(self.norm(x))
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of `targets` given `ids`, both (batch, context)."""
+        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
