@@ -94,9 +94,9 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> list[Setting]:
-    """`done` records by optimizer and lr, in the order of the runs."""
+    """`done` records by optimizer and lr, each with its losses in the order of seeds."""
     grouped: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda r: r["seed"]):
         grouped.setdefault((result["optimizer"], result["lr"]), []).append(result)
     return [
         Setting(
