@@ -51,7 +51,10 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
     """Run what of `config` is not finished in `out`, write the report there, and return one `Setting` per optimizer and lr."""
     from schatten.lab.report import write_report
 
-    state = PartialState()  # the processes of `accelerate launch` or torchrun; one otherwise
+    # Without an accelerator accelerate must be told so, or it takes the processes of torchrun for separate ones.
+    state = PartialState(
+        cpu=not torch.accelerator.is_available()
+    )  # the processes of `accelerate launch` or torchrun; one otherwise
     console = console or Console()
     console.quiet = not state.is_main_process
     corpus = data.load(config.data, config.tokens, config.context)
@@ -90,6 +93,8 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
         console.print(table(settings))
         console.print(f"report: {report}")
     state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()
     return settings
 
 

@@ -55,6 +55,7 @@ class Trainer:
     def __init__(self, config: CompareConfig, corpus: Corpus, run: Run, store: Store) -> None:
         self.config, self.corpus, self.run, self.store = config, corpus, run, store
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=list(config.trackers) or None,
@@ -175,8 +176,9 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         run = {"optimizer": self.run.optimizer, "lr": self.run.lr, "seed": self.run.seed}
         self._record("done", loss=loss, parameters=parameters, bounds=self.bounds, **run)
-        if self.config.trackers:
-            self.accelerator.end_training()
+        # Not end_training(), which would also end the process group that the next run needs.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
