@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from schatten.groups import lr_of
 from schatten.rounding import store_
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
@@ -22,13 +22,15 @@ def adamw_step_(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], s
     """
     grad = p.grad
     assert grad is not None
-    found_inf = (~torch.linalg.vector_norm(grad, ord=torch.inf).isfinite()).float()
-    wide = p if p.dtype == state["exp_avg"].dtype else p.to(state["exp_avg"].dtype)
+    dtype = state["exp_avg"].dtype
+    found_inf = (~grad.sum(dtype=dtype).isfinite()).float()
+    # torch's fused kernel walks memory without looking at strides: all of its tensors must be contiguous.
+    W = p if p.dtype == dtype and p.is_contiguous() else p.detach().to(dtype).contiguous()
     # OneCycleLR and CyclicLR write `momentum` into every group when they cycle it; for AdamW that number is beta1.
     beta1, beta2 = group["betas"]
     adamw(
-        [wide],
-        [grad.to(wide.dtype)],
+        [W],
+        [grad.to(dtype).contiguous()],
         [state["exp_avg"]],
         [state["exp_avg_sq"]],
         [],
@@ -38,11 +40,11 @@ def adamw_step_(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], s
         amsgrad=False,
         beta1=group.get("momentum", beta1),
         beta2=beta2,
-        lr=group["lr"],
+        lr=lr_of(group),
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group["maximize"],
     )
     state["skipped"].add_(found_inf)
-    if wide is not p:
-        store_(p, wide, group["rounding"], seed)
+    if W is not p:
+        store_(p, W, group["rounding"], seed)

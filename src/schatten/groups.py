@@ -11,6 +11,8 @@ from schatten.rounding import ROUNDINGS
 
 ALGORITHMS = ("spectral", "adamw")
 
+UNORDERED = "Parameters must come in a fixed order, got a set: pass a list."
+
 SHARED_KEYS = ("lr", "weight_decay", "rounding", "maximize")
 
 
@@ -18,6 +20,12 @@ def name_of(group: Mapping[str, Any], index: int) -> str:
     """The parameter's name, or its place in the group where it has none, with its quotes."""
     names = group.get("param_names")
     return repr(names[index]) if names else f"params[{index}]"
+
+
+def lr_of(group: Mapping[str, Any]) -> float | Tensor:
+    """The group's lr, a number or a tensor without dimensions, which does not change the dtype of what it multiplies."""
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ()) -> None:
@@ -35,7 +43,7 @@ def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ())
             raise ValueError(f"{key} must lie in [0, 1), got {group[key]}.")
     if "betas" in group:
         betas = group["betas"]
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}.")
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
@@ -73,7 +81,7 @@ def unpack(params: Any) -> tuple[list[Tensor], list[str] | None]:
     if isinstance(params, Tensor):
         return [params], None
     if isinstance(params, (set, frozenset)):
-        raise TypeError("Parameters must come in a fixed order, got a set: pass a list.")
+        raise TypeError(UNORDERED)
     items = list(params)
     named = [item for item in items if isinstance(item, tuple)]
     if named and len(named) != len(items):

@@ -4,17 +4,28 @@ A spectral group is stepped by its rule, matrices of one shape at a time as one 
 functional AdamW. Nothing in a step waits for the device: a non-finite gradient is masked, not branched on.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from schatten import checkpoint
 from schatten.adamw import STATE_KEYS, adamw_step_
 from schatten.batching import COUNTERS, Member, Part, batches, parts, wide
-from schatten.groups import ALGORITHMS, SHARED_KEYS, check_layouts, check_numbers, check_parameters, name_of, unpack
+from schatten.groups import (
+    ALGORITHMS,
+    SHARED_KEYS,
+    UNORDERED,
+    check_layouts,
+    check_numbers,
+    check_parameters,
+    lr_of,
+    name_of,
+    unpack,
+)
 from schatten.layout import blocks, resolve
+from schatten.routing import Plan, plan
 from schatten.rule import Rule
 
 ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -26,14 +37,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
         S = signal(G),   D = grad K(S),   U = c(shape) D,   W <- retraction(W, U, lr, weight_decay)
 
     Args:
-        params: tensors, `(name, tensor)` pairs or dict groups. A group's `algorithm` is `"spectral"` (default) or
-            `"adamw"`; a spectral group's `layout` says how its tensors are read as matrices (`schatten.layout`).
+        params: a module, routed by `schatten.plan`; or tensors, `(name, tensor)` pairs or dict groups. A group's
+            `algorithm` is `"spectral"` (default) or `"adamw"`; a spectral group's `layout` says how its tensors are
+            read as matrices (`schatten.layout`).
         rule: the `Rule` of spectral groups; a group may carry its own under the key `rule`.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled decay lambda.
         rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
         maximize: ascend instead of descend.
         adamw: defaults of AdamW groups, `betas` and `eps`.
+        rules: overrides for a module's routes, see `schatten.plan`.
         hyperparameters: the numbers the rule's signal reads, such as `momentum=0.95`.
 
     State, made at construction: what the signal keeps (one tensor per matrix for `Momentum`) and two counters; half
@@ -51,11 +64,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
         True
     """
 
+    plan: Plan | None
+
     def __init__(
         self,
-        params: Iterable[Any],
+        params: nn.Module | Iterable[Any],
         rule: Rule | None = None,
         *,
+        rules: Sequence[tuple[Any, ...]] = (),
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         rounding: str = "stochastic",
@@ -75,11 +91,25 @@ class SpectralOptimizer(torch.optim.Optimizer):
         }
         if rule is not None:
             defaults["rule"] = rule
+        self.plan = None
+        if isinstance(params, nn.Module):
+            self.plan = plan(params, rules)
+            params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
+        elif rules:
+            raise ValueError("rules route a module's parameters by name: pass the module itself instead of its parameters.")
+        if isinstance(params, (set, frozenset)):
+            raise TypeError(UNORDERED)
+        check_numbers({**defaults, **defaults["adamw"]})
         # A lone tensor or a dict is left for torch to refuse.
         groups = params if isinstance(params, (Tensor, dict)) else list(params)
         if len(groups) == 0:
             raise ValueError("The optimizer got an empty parameter list: pass the model, or the parameters to train.")
         super().__init__(groups, defaults)
+        if self.plan is None:
+            self.plan = Plan.of_groups(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "plan": self.plan}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
@@ -95,6 +125,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         group["params"], names = unpack(group["params"])
         if names is not None:
             group["param_names"] = names
+        elif len(group.get("param_names", group["params"])) != len(group["params"]):
+            raise ValueError(
+                f"param_names must name every parameter of the group, got {len(group['param_names'])} names for "
+                f"{len(group['params'])} parameters: drop the key, or pass (name, tensor) pairs."
+            )
         algorithm = group.setdefault("algorithm", "spectral")
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
@@ -126,7 +161,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
 
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        like = torch.empty_like(p, dtype=wide(p.dtype))
+        like = torch.empty_like(p, dtype=wide(p.dtype), memory_format=torch.contiguous_format)
         if group["algorithm"] == "adamw":
             state = {key: torch.zeros_like(like) for key in STATE_KEYS}
         else:
@@ -191,7 +226,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             part.keep_state_(new_state)
             signals.append(S)
         directions = rule.map.grad(signals[0] if len(signals) == 1 else torch.cat(signals))
-        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        lr = lr_of(group)
+        decay = lr * group["weight_decay"]
         for part, D in zip(stacks, directions.split([len(part) for part in stacks]), strict=True):
             W = rule.retraction(part.weights(), D, lr * rule.scale(D), decay)
             part.keep_weights_(W, group["rounding"], [_seed(group, index) for index in part.indices])

@@ -26,6 +26,12 @@ class DecoupledDecay:
 
     Either way W stays within, or tends to, the set where K*(lambda W / c) is finite; explicit decay does so at rate
     1 - lr lambda and needs lr lambda <= 1, implicit decay at rate 1 / (1 + lr lambda) for any lr.
+
+    Example:
+        >>> import torch, schatten
+        >>> retract = schatten.retractions.DecoupledDecay("implicit")
+        >>> retract(torch.tensor([[3.0]]), torch.tensor([[1.0]]), length=1.0, decay=1.0)
+        tensor([[1.]])
     """
 
     form: Literal["explicit", "implicit"] = "explicit"

@@ -6,7 +6,7 @@ orthogonalising a table or a gain is a silent error, training a matrix by AdamW 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -36,7 +36,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every trainable parameter with its route and the reason; iterable, and printed as a table."""
+    """Every trainable parameter with its route and the reason; iterable, and printed as a table.
+
+    Example:
+        >>> import torch, schatten
+        >>> print(schatten.plan(torch.nn.Linear(4, 8)))
+        parameter  shape  route     read as  reason
+        ---------  -----  --------  -------  -------------
+        weight     8x4    spectral  8x4      hidden Linear
+        bias       8      adamw     -        bias
+        spectral: 1 tensors, 32 parameters
+        adamw: 1 tensors, 8 parameters
+    """
 
     entries: tuple[Entry, ...]
     frozen: int = field(default=0)
@@ -47,15 +58,21 @@ class Plan:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def groups(self, model: nn.Module, options: Collection[str]) -> list[dict[str, Any]]:
         """Param groups for an optimizer, one for each combination of route, layout and options, with names; spectral groups
-        come first, so that the lr a scheduler logs is theirs."""
+        come first, so that the lr a scheduler logs is theirs.
+
+        Raises ValueError for an option of a rule that is not one of `options`.
+        """
         params = dict(model.named_parameters())
         grouped: dict[Any, dict[str, Any]] = {}
         for entry in self.entries:
+            for key, _ in entry.options:
+                if key not in options:
+                    raise ValueError(f"{entry.reason} has the option {key!r}, known are {', '.join(sorted(options))}.")
             # Only a layout that the shape does not imply needs a group of its own.
-            implied = entry.route == "adamw" or len(entry.shape) != 3
-            layout = {} if implied else {"layout": entry.layout}
+            implied = entry.route == "adamw" or entry.layout == ("matrix" if len(entry.shape) == 2 else "conv")
+            layout = {} if implied and len(entry.shape) != 3 else {"layout": entry.layout}
             key = (entry.route, tuple(layout.items()), entry.options)
             group = grouped.setdefault(key, {"params": [], "algorithm": entry.route, **layout, **dict(entry.options)})
             group["params"].append((entry.name, params[entry.name]))
@@ -170,41 +187,48 @@ class _Owner:
     attribute: str
     name: str
     parameter: Tensor
+    in_list: bool
 
 
 def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
     owners: dict[int, list[_Owner]] = {}
+    lists: list[str] = []
     for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            lists.append(path + ".")
         for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            owner = _Owner(module, attribute, f"{path}.{attribute}" if path else attribute, p)
+            owner = _Owner(module, attribute, f"{path}.{attribute}" if path else attribute, p, path.startswith(tuple(lists)))
             owners.setdefault(id(p), []).append(owner)
     return owners
 
 
 def _storage(p: Tensor) -> int:
-    return 0 if isinstance(p, UninitializedParameter) else p.untyped_storage().data_ptr()
+    """What views of one memory have in common, also on the meta device, where every address is 0."""
+    return id(p) if isinstance(p, UninitializedParameter) else p.untyped_storage()._cdata
 
 
 def _embeddings(owners: Mapping[int, list[_Owner]]) -> dict[int, _Owner]:
-    """Storage address -> the embedding that owns it. Address 0 belongs to tensors without memory."""
+    """Storage -> the embedding that owns it."""
     places = [o for places in owners.values() for o in places if isinstance(o.module, EMBEDDINGS)]
-    return {address: o for o in reversed(places) if (address := _storage(o.parameter)) != 0}
+    return {_storage(o.parameter): o for o in reversed(places)}
 
 
 def _heads(owners: Mapping[int, list[_Owner]]) -> dict[int, _Owner]:
     """id of an output head's weight -> the embedding whose vocabulary it maps onto.
 
     A Linear that shares an embedding's storage is the head of a tied model. Otherwise it is the last Linear with
-    out_features = vocabulary and in_features = width of an embedding; token tables come before position tables.
+    out_features = vocabulary and in_features = width of an embedding; token tables come before position tables. A
+    Linear in a ModuleList is a block's: a square position table has the shape of a hidden matrix.
     """
     places = [o for places in owners.values() for o in places]
     linears = [o for o in places if isinstance(o.module, nn.Linear) and o.attribute == "weight"]
+    outside = [o for o in linears if not o.in_list]
     embeddings = [o for o in places if isinstance(o.module, EMBEDDINGS) and not isinstance(o.parameter, UninitializedParameter)]
-    tied = {_storage(o.parameter) for o in embeddings} - {0}
+    tied = {_storage(o.parameter) for o in embeddings}
     if any(_storage(o.parameter) in tied for o in linears):
         return {}
     for embedding in embeddings:
-        for linear in reversed(linears):
+        for linear in reversed(outside):
             if tuple(linear.parameter.shape) == tuple(embedding.parameter.shape):
                 return {id(linear.parameter): embedding}
     return {}

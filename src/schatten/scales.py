@@ -32,6 +32,11 @@ class Scale:
     | `keller` | sqrt(max(1, fan_out / fan_in)) | Keller Jordan's Muon, torch's "original" |
     | `mup` | sqrt(fan_out / fan_in) | the RMS-to-RMS operator norm, so lr transfers across width |
     | `none` | 1 | spectral norm 1 |
+
+    Example:
+        >>> import schatten
+        >>> schatten.scales.Scale("keller").factor(12, 3), schatten.scales.Scale("match_rms_adamw").name
+        (2.0, 'adamw-rms')
     """
 
     name: str = "adamw-rms"

@@ -35,6 +35,15 @@ class Momentum:
     At constant beta the two differ by the factor 1 - beta, which a scale-free map (the nuclear norm) does not see and
     every other map does. "ema" is Keller's Muon and torch.optim.Muon's code; "sum" is SGD's momentum and Dion's.
     State: one tensor of the matrix's shape.
+
+    Example:
+        >>> import torch, schatten
+        >>> momentum = schatten.signals.Momentum(form="sum", nesterov=False)
+        >>> G = torch.ones(2, 2)
+        >>> S, state = momentum(G, momentum.init(G), {"momentum": 0.9})
+        >>> S, state = momentum(G, state, {"momentum": 0.9})
+        >>> float(S[0, 0])
+        1.899999976158142
     """
 
     form: Literal["ema", "sum"] = "ema"

@@ -104,6 +104,9 @@ def probes(X: Tensor) -> Iterator[Tensor]:
     yield gaussian(*X.shape, seed=7)
 
 
+LENGTHS = (0.0, 0.01, 0.1, 1.0, 10.0, 1e5)
+
+
 def conjugate_is_the_supremum(K: Map) -> None:
     """K*(X) = sup <S, X> - K(S), from below by probing; where it claims infinity the probes must grow without bound."""
     for X in (*generic(), *sparse()):
@@ -111,7 +114,7 @@ def conjugate_is_the_supremum(K: Map) -> None:
         for radius in (0.1, 0.5, 0.9, 0.99, 1.01, 1.1, 2.0, 10.0):
             Y = radius * X
             claimed = float(K.conjugate(Y))
-            reached = [max(float(inner(t * S, Y) - K.value(t * S)) for S in probes(Y)) for t in (0.0, 0.01, 0.1, 1.0, 10.0, 1e5)]
+            reached = [max(float(inner(t * S, Y) - K.value(t * S)) for S in probes(Y)) for t in LENGTHS]
             what = f"rank {int(torch.linalg.matrix_rank(X))}, spectral norm {radius}: K* = {claimed}, but <S, X> - K(S) reaches"
             if claimed == float("inf"):
                 # 1 % outside, S of length 1e5: at least 1e3 for a norm, less where only the nuclear norm of X is out.
@@ -158,8 +161,8 @@ def transposing_changes_nothing(K: Map) -> None:
 
 def a_batch_is_its_matrices(K: Map) -> None:
     for m, n in SHAPES:
-        S = torch.stack([*(with_spectrum(m, n, torch.linspace(0.3, 1 + i, min(m, n)), seed=i) for i in range(5)), torch.zeros(m, n)])
-        S = S.view(2, 3, m, n)
+        full = [with_spectrum(m, n, torch.linspace(0.3, 1 + i, min(m, n)), seed=i) for i in range(5)]
+        S = torch.stack([*full, torch.zeros(m, n)]).view(2, 3, m, n)
         for verb in (K.value, K.grad, K.conjugate, K.violation):
             singles = torch.stack([torch.stack([verb(s) for s in row]) for row in S])
             assert verb(S).shape == (S.shape if verb == K.grad else (2, 3))

@@ -47,13 +47,13 @@ ZOO: dict[str, Tensor] = {
 
 
 class Reading(NamedTuple):
-    """A solver's output O for an input U S V^T, in the input's own basis.
+    """A solver's output P for an input U S V^T, in the input's own basis.
 
-    `sigma`: the input's singular values over its Frobenius norm. `gain`: the diagonal of U^T O V, what became of each.
-    `mixed`: U^T O V without its diagonal, what leaked from one direction into another. `outside`: what O holds outside
+    `sigma`: the input's singular values over its Frobenius norm. `gain`: the diagonal of U^T P V, what became of each.
+    `mixed`: U^T P V without its diagonal, what leaked from one direction into another. `outside`: what P holds outside
     the input's row and column space.
 
-    The singular values of O alone would not do. They are blind to sign, so an output of -1, ascent along that
+    The singular values of P alone would not do. They are blind to sign, so an output of -1, ascent along that
     direction, looks perfect; they are blind to a pairing of the wrong left with the wrong right vectors; and as they
     are sorted they cannot be matched to the sigma they came from.
     """
@@ -69,14 +69,14 @@ class Reading(NamedTuple):
         return Reading(self.sigma[kept], self.gain[kept], self.mixed[kept][:, kept], self.outside)
 
 
-def read(G: Tensor, O: Tensor) -> Reading:
-    """`O` along the singular vectors of `G`, in fp64."""
-    G, O = G.double(), O.double()
+def read(G: Tensor, P: Tensor) -> Reading:
+    """`P` along the singular vectors of `G`, in fp64."""
+    G, P = G.double(), P.double()
     largest = G.abs().max()
     U, s, Vh = torch.linalg.svd(G / largest, full_matrices=False)
-    M = U.mT @ O @ Vh.mT
+    M = U.mT @ P @ Vh.mT
     gain = M.diagonal()
-    return Reading(s / s.norm(), gain, M - torch.diag(gain), O - U @ M @ Vh)
+    return Reading(s / s.norm(), gain, M - torch.diag(gain), P - U @ M @ Vh)
 
 
 def spectral_norm(M: Tensor) -> float:

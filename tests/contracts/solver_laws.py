@@ -15,6 +15,9 @@ from tests.contracts.matrices import ZOO, gaussian, read, spectral_norm
 
 Solver = Callable[[Tensor], Tensor]
 
+# Wide, so well conditioned, and large enough for solvers that treat large matrices one at a time.
+LARGE = (66, 1000)
+
 SHAPES = ((24, 40), (40, 24), (16, 16), (1, 7), (7, 1), (1, 1))
 
 # Well-conditioned inputs of a few dozen rows: fp32 rounding, 6e-8 per entry, times a gain of at most 1e2 at their
@@ -47,9 +50,9 @@ def matrices() -> Iterator[Tensor]:
 
 def scale_of_the_input_does_not_matter(solver: Solver) -> None:
     for X in matrices():
-        O = solver(X)
+        P = solver(X)
         for scale in (1e-30, 1e-20, 1e-8, 1e8, 1e20, 1e30):
-            close(solver(X * scale), O, FP32, f"{tuple(X.shape)} times {scale:g}")
+            close(solver(X * scale), P, FP32, f"{tuple(X.shape)} times {scale:g}")
 
 
 def scale_of_each_matrix_of_a_batch_does_not_matter(solver: Solver) -> None:
@@ -63,13 +66,13 @@ def zero_gives_zero(solver: Solver) -> None:
         assert solver(torch.zeros(m, n)).count_nonzero() == 0
     X = gaussian(3, 8, 5).float()
     X[1] = 0
-    O = solver(X)
-    assert O[1].count_nonzero() == 0, "a zero matrix in a batch"
-    close(O[0], solver(X[0]), FP32, "its neighbour")
+    P = solver(X)
+    assert P[1].count_nonzero() == 0, "a zero matrix in a batch"
+    close(P[0], solver(X[0]), FP32, "its neighbour")
 
 
 def a_batch_is_its_matrices(solver: Solver) -> None:
-    for m, n in SHAPES:
+    for m, n in (*SHAPES, LARGE):
         X = gaussian(2, 3, m, n, seed=m).float()
         singles = torch.stack([torch.stack([solver(x) for x in row]) for row in X])
         close(solver(X), singles, FP32, f"2 x 3 matrices {m} x {n}")
@@ -86,17 +89,17 @@ def vectors_are_normalised(solver: Solver) -> None:
     # One row, one column and one entry have the polar factor X / ||X||; Keller's schedule leaves it at 0.7 to 1.13.
     for shape in ((1, 7), (7, 1), (1, 1)):
         X = gaussian(*shape, seed=3).float()
-        O = solver(X)
-        gain = float((O * X).sum() / X.norm())
+        P = solver(X)
+        gain = float((P * X).sum() / X.norm())
         assert 0.68 < gain < 1.17, f"{shape}: gain {gain}"
-        close(O, gain * X / X.norm(), FP32, f"{shape} keeps its direction")
+        close(P, gain * X / X.norm(), FP32, f"{shape} keeps its direction")
 
 
 def empty_stays_empty(solver: Solver) -> None:
     for shape in ((0, 5), (5, 0), (0, 0), (3, 0, 4), (0, 4, 4), (2, 0, 3, 4)):
         X = torch.zeros(shape)
-        O = solver(X)
-        assert O.shape == X.shape and O is not X, shape
+        P = solver(X)
+        assert P.shape == X.shape and P is not X, shape
 
 
 def input_is_only_read(solver: Solver) -> None:
@@ -108,23 +111,23 @@ def input_is_only_read(solver: Solver) -> None:
             torch.ones(4, 4, dtype=dtype),
         ):
             before, version = X.clone(), X._version
-            O = solver(X)
+            P = solver(X)
             assert torch.equal(X, before) and X._version == version, f"{dtype} {tuple(X.shape)} was written to"
-            assert O.untyped_storage().data_ptr() != X.untyped_storage().data_ptr(), (
+            assert P.untyped_storage().data_ptr() != X.untyped_storage().data_ptr(), (
                 f"{dtype}: the output is the input's memory"
             )
 
 
 def a_non_finite_matrix_spreads_nowhere_and_shows(solver: Solver) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
-        for m, n in ((6, 9), (9, 6), (1, 4), (1, 1)):
+        for m, n in ((6, 9), (9, 6), (1, 4), (1, 1), LARGE):
             X = gaussian(4, m, n, seed=n).float()
             clean = solver(X)
             X[2, -1, 0] = bad
-            O = solver(X)
-            assert not O[2].isfinite().all(), f"{bad} in {m} x {n} came out finite"
+            P = solver(X)
+            assert not P[2].isfinite().all(), f"{bad} in {m} x {n} came out finite"
             others = [0, 1, 3]
-            close(O[others], clean[others], FP32, f"the neighbours of {bad}")
+            close(P[others], clean[others], FP32, f"the neighbours of {bad}")
 
 
 def output_has_the_dtype_of_the_input(solver: Solver) -> None:
@@ -149,7 +152,7 @@ def strides_do_not_matter(solver: Solver) -> None:
         close(solver(view), solver(view.contiguous()), FP32, f"strides {view.stride()}")
 
 
-def matmul_precision_does_not_matter(solver: Solver) -> None:
+def matmul_precision_is_the_processs_own_and_bounds_the_loss(solver: Solver) -> None:
     # 64 x 96: below some size CPUs do not bother to switch.
     X = gaussian(64, 96).float()
     before = torch.get_float32_matmul_precision()
@@ -161,8 +164,9 @@ def matmul_precision_does_not_matter(solver: Solver) -> None:
             assert torch.get_float32_matmul_precision() == precision, "the solver changed the setting"
     finally:
         torch.set_float32_matmul_precision(before)
-    for precision, O in results.items():
-        close(O, results["highest"], FP32, f"matmul precision {precision!r}")
+    # A process that lowers fp32's precision gets TF32's or bf16's rounding, about 2^-8 for each of 15 products, no more.
+    for precision, P in results.items():
+        close(P, results["highest"], 15 * 2**-8, f"matmul precision {precision!r}")
 
 
 def equal_calls_are_bitwise_equal(solver: Solver) -> None:
@@ -184,16 +188,16 @@ def no_state_of_torch_changes(solver: Solver) -> None:
         )
 
     X, before = gaussian(6, 9).float(), state()
-    O = solver(X)
+    P = solver(X)
     assert state() == before
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            close(solver(X), O, 0.0, f"under {context.__name__}")
+            close(solver(X), P, 0.0, f"under {context.__name__}")
     assert state() == before
 
 
 def no_direction_ascends(solver: Solver) -> None:
-    # <U_i V_i^T, O> > 0 for every singular direction that fp32 resolves: a step against it goes uphill.
+    # <U_i V_i^T, P> > 0 for every singular direction that fp32 resolves: a step against it goes uphill.
     for name, G in ZOO.items():
         reading = read(G.float(), solver(G.float())).above(1e-3)
         assert reading.gain.min() > 0, f"{name}: gain {float(reading.gain.min()):.3g}"
@@ -202,8 +206,8 @@ def no_direction_ascends(solver: Solver) -> None:
 def half_precision_stays_bounded(solver: Solver) -> None:
     # sigma = 1 is where a quintic has no room; 1.3 is above every band, below every overflow.
     for name, G in ZOO.items():
-        O = solver(G.bfloat16())
-        assert O.isfinite().all() and spectral_norm(O.double()) < 1.3, f"{name}: {spectral_norm(O.double()):.3g}"
+        P = solver(G.bfloat16())
+        assert P.isfinite().all() and spectral_norm(P.double()) < 1.3, f"{name}: {spectral_norm(P.double()):.3g}"
 
 
 LAWS: tuple[Callable[[Solver], None], ...] = (
@@ -219,7 +223,7 @@ LAWS: tuple[Callable[[Solver], None], ...] = (
     output_has_the_dtype_of_the_input,
     a_half_precision_input_counts_as_its_exact_value,
     strides_do_not_matter,
-    matmul_precision_does_not_matter,
+    matmul_precision_is_the_processs_own_and_bounds_the_loss,
     equal_calls_are_bitwise_equal,
     no_state_of_torch_changes,
     no_direction_ascends,

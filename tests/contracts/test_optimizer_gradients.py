@@ -84,28 +84,50 @@ def test_a_zero_gradient_without_decay_leaves_weights_bit_equal(preset, dtype):
     assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
 
 
-@pytest.mark.parametrize("bad", NON_FINITE)
-def test_a_non_finite_gradient_stops_its_own_matrix_only_and_is_counted(preset, dtype, bad):
-    params = matrices(dtype)
-    opt = preset(params, lr=0.1)
+def check_that_only_the_hit_matrix_stops(opt, params, hit, bad):
     draw_gradients(params)
     opt.step()
     draw_gradients(params)
-    params[0].grad[1, 2] = bad
-    before, state = values(params), copy.deepcopy(opt.state[params[0]])
+    params[hit].grad[1, 2] = bad
+    before, state = values(params), copy.deepcopy(opt.state[params[hit]])
     opt.step()
-    assert torch.equal(params[0], before[0])
-    after = opt.state[params[0]]
-    assert same({k: v for k, v in after.items() if k != "skipped"}, {k: v for k, v in state.items() if k != "skipped"})
-    for p, w in zip(params[1:], before[1:], strict=True):
-        assert p.isfinite().all() and not torch.equal(p, w)
+    assert torch.equal(params[hit], before[hit])
+    assert same(opt.state[params[hit]], {**state, "skipped": torch.tensor(1.0)})
+    for p, w in zip(params, before, strict=True):
+        assert p is params[hit] or (p.isfinite().all() and not torch.equal(p, w))
         assert all(value.isfinite().all() for value in opt.state[p].values())
     metrics = opt.metrics()
-    assert metrics["skipped"] == {"0.0": 1} and metrics["skipped_total"] == 1
+    assert metrics["skipped"] == {f"0.{hit}": 1} and metrics["skipped_total"] == 1
+
+
+@pytest.mark.parametrize("hit", [0, 1], ids=["in a batch", "alone"])
+@pytest.mark.parametrize("bad", NON_FINITE)
+def test_a_non_finite_gradient_stops_its_own_matrix_only_and_is_counted(preset, dtype, bad, hit):
+    params = matrices(dtype)
+    check_that_only_the_hit_matrix_stops(preset(params, lr=0.1), params, hit, bad)
+
+
+@pytest.mark.parametrize("hit", [0, 1], ids=["in a batch", "alone"])
+@pytest.mark.parametrize("option", [{"decay": "implicit"}, {"form": "sum"}, {"nesterov": False}, {"maximize": True}], ids=str)
+def test_that_holds_for_every_form_of_muon(option, hit):
+    params = matrices(torch.float32)
+    opt = schatten.Muon(params, lr=0.1, solver=schatten.solvers.svd(), **option)
+    check_that_only_the_hit_matrix_stops(opt, params, hit, float("nan"))
+
+
+@pytest.mark.parametrize("option", [{"decay": "implicit"}, {"form": "sum"}, {"nesterov": False}, {"momentum": 0.0}], ids=str)
+def test_no_form_of_muon_writes_to_a_gradient(option, dtype):
+    params = matrices(dtype)
+    opt = schatten.Muon(params, lr=0.1, **option)
+    for _ in range(2):
+        draw_gradients(params)
+        kept = [p.grad.clone() for p in params]
+        opt.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(params, kept, strict=True))
 
 
 def test_a_matrix_that_was_skipped_steps_again_as_if_the_bad_gradient_had_not_come(preset, dtype):
-    skipping, reference = matrices(dtype, [(6, 4)]), None
+    skipping = matrices(dtype, [(6, 4)])
     reference = [nn.Parameter(p.detach().clone()) for p in skipping]
     options = {"lr": 0.1, "rounding": "nearest"}  # the noise of stochastic rounding depends on the step's number
     a, b = preset(skipping, **options), preset(reference, **options)

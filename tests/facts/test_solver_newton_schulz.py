@@ -10,9 +10,9 @@ from schatten.solvers.newton_schulz import KELLER
 def outputs(sigma: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """What the solver makes of each sigma in (0, 1]: diag(sigma, sqrt(1 - sigma^2)) has Frobenius norm 1 and keeps it."""
     X = torch.diag_embed(torch.stack([sigma, (1 - sigma.square()).clamp_min(0).sqrt()], dim=-1))
-    O = newton_schulz(steps=steps, dtype="float64")(X)
-    assert O[:, 0, 1].abs().max() == 0
-    return O[:, 0, 0]
+    P = newton_schulz(steps=steps, dtype="float64")(X)
+    assert P[:, 0, 1].abs().max() == 0
+    return P[:, 0, 0]
 
 
 def grid(low: float) -> torch.Tensor:
@@ -66,6 +66,6 @@ def test_it_agrees_with_torch_optim_muon_within_bf16():
     reference = torch.optim.Muon([W], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False)
     W.grad = G.clone()
     reference.step()
-    O = newton_schulz(dtype="bfloat16")(G)
+    P = newton_schulz(dtype="bfloat16")(G)
     # Both round to bf16, 0.4 %, at every product; torch scales by sqrt(max(1, m/n)) = 1 here.
-    assert (O + W.detach()).norm() < 0.02 * O.norm()
+    assert (P + W.detach()).norm() < 0.02 * P.norm()

@@ -97,7 +97,10 @@ MISTAKES = {
     "nan spreads through the batch": (spreading, [laws.a_non_finite_matrix_spreads_nowhere_and_shows]),
     "nan is hidden": (hiding, [laws.a_non_finite_matrix_spreads_nowhere_and_shows]),
     "noise in the result": (stochastic, [laws.equal_calls_are_bitwise_equal, laws.zero_gives_zero]),
-    "a global switch": (flipping_a_switch, [laws.no_state_of_torch_changes, laws.matmul_precision_does_not_matter]),
+    "a global switch": (
+        flipping_a_switch,
+        [laws.no_state_of_torch_changes, laws.matmul_precision_is_the_processs_own_and_bounds_the_loss],
+    ),
     "fp32 results for every input": (in_fp32_only, [laws.output_has_the_dtype_of_the_input]),
     "strides ignored": (contiguous_only, [laws.strides_do_not_matter]),
     "a rank cut by the eps of a half-precision input": (

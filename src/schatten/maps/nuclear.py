@@ -1,6 +1,7 @@
 """The nuclear norm: Muon's K."""
 
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Nuclear:
     """
 
     solver: Solver = field(default_factory=polynomial)
+
+    def __post_init__(self) -> None:
+        # A builder that was not called is callable too, and would fail only in the first step.
+        if not isinstance(self.solver, Solver) or isinstance(self.solver, FunctionType | type):
+            raise TypeError(f"solver must be built, as schatten.solvers.polynomial() is; got {self.solver!r}.")
 
     def value(self, S: Tensor) -> Tensor:
         """The nuclear norm, (*b, m, n) -> (*b)."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import DecoupledDecay
-from schatten.routing import Plan, plan
 from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import Momentum
@@ -59,8 +58,6 @@ class Muon(SpectralOptimizer):
         ['spectral', 'adamw', 'spectral', 'adamw']
     """
 
-    plan: Plan
-
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -79,13 +76,6 @@ class Muon(SpectralOptimizer):
         eps: float = 1e-8,
         rules: Sequence[tuple[Any, ...]] = (),
     ) -> None:
-        if isinstance(params, nn.Module):
-            routes = plan(params, rules=rules)
-            params = routes.groups(params)
-        elif rules:
-            raise ValueError("rules route a module's parameters by name: pass the module itself instead of its parameters.")
-        else:
-            routes = None
         super().__init__(
             params,
             lr=lr,
@@ -99,8 +89,8 @@ class Muon(SpectralOptimizer):
             rounding=rounding,
             maximize=maximize,
             adamw={"betas": betas, "eps": eps},
+            rules=rules,
         )
-        self.plan = routes if routes is not None else Plan.of_groups(self.param_groups)
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """Muon's rule with a group's options."""
@@ -110,6 +100,3 @@ class Muon(SpectralOptimizer):
             Scale(group["scale"]),
             DecoupledDecay(group["decay"]),
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "plan": self.plan}

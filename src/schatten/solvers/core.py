@@ -77,6 +77,14 @@ def check_matrices(X: Tensor, what: str) -> None:
         raise TypeError(f"{what} must be real floating point, got {X.dtype}; cast it, or take real and imaginary parts.")
 
 
+def check_steps(steps: int) -> None:
+    """Refuse a number of steps that is none."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise ValueError(f"steps must be a whole number, got {steps!r}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+
+
 def normalised(X: Tensor, dtype: torch.dtype, divisor: float = 1.0) -> Tensor:
     """`X / (divisor ||X||_F)` per matrix (b, m, n) in `dtype`, for `X` of any finite scale; zero stays zero."""
     if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:

@@ -7,7 +7,8 @@ best composition of its length. Two safeguards cost little accuracy:
 - `cushion`: on a wide interval the optimum sends interior points as low as q(l), which loses their digits in half
   precision. The quintic is fitted on [max(l, cushion u), u] instead and rescaled so that the images of l and u lie
   symmetrically about 1.
-- `margin`: rounding lifts singular values above u, where a quintic explodes; each fit reaches up to `margin` u.
+- `margin`: rounding lifts singular values above u, where a steep quintic explodes; each fit reaches beyond u by the
+  share margin - 1, less as l nears 1, where the quintic is flat and room would cost accuracy.
 """
 
 import math
@@ -32,7 +33,8 @@ def evaluate(q: Quintic, x: float) -> float:
 def best_quintic(low: float, high: float) -> Quintic:
     """The odd quintic closest to 1 in the maximum norm on [low, high], 0 < low < high, by Remez exchange."""
     if low / high > 1 - 1e-5:  # the four equations are no longer independent in fp64; the Taylor error is below 1e-15
-        return tuple(k / high**power for k, power in zip(TAYLOR, (1, 3, 5), strict=True))  # type: ignore[return-value]
+        a, b, c = TAYLOR
+        return a / high, b / high**3, c / high**5
     first, second = low + (high - low) / 4, low + 3 * (high - low) / 4
     a = b = c = 0.0
     previous = math.inf
@@ -66,7 +68,7 @@ def composition(low: float, steps: int, *, cushion: float = CUSHION, margin: flo
     quintics: list[Quintic] = []
     high = 1.0
     for _ in range(steps):
-        fit_low, fit_high = max(low, cushion * high), margin * high
+        fit_low, fit_high = max(low, cushion * high), high * (1 + (margin - 1) * max(0.0, 1 - low))
         q = best_quintic(fit_low, fit_high)
         if fit_low > low:
             rescale = 2 / (evaluate(q, low) + evaluate(q, fit_high))
@@ -74,12 +76,13 @@ def composition(low: float, steps: int, *, cushion: float = CUSHION, margin: flo
         quintics.append(q)
         low = evaluate(q, low)
         high = 2 - low
-    return tuple(quintics), 1 - low
+    return tuple(quintics), abs(1 - low)
 
 
+@lru_cache(maxsize=256)
 def steps_for(tol: float, low: float, **safeguards: float) -> int:
     """The shortest composition whose error on [low, 1] is at most `tol`."""
-    for steps in range(1, 65):
+    for steps in range(1, 33) if tol > 1e-15 else ():
         if composition(low, steps, **safeguards)[1] <= tol:
             return steps
     raise ValueError(f"tol must be reachable in double precision, got tol={tol} on [{low}, 1].")

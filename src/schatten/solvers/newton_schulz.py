@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schatten.solvers.core import Quintic, check_matrices, dtype_name, normalised, on_wide_batch, quintic_steps, working_dtype
+from schatten.solvers.core import (
+    Quintic,
+    check_matrices,
+    check_steps,
+    dtype_name,
+    normalised,
+    on_wide_batch,
+    quintic_steps,
+    working_dtype,
+)
 
 # Source: K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024. Chosen for a steep slope at zero,
 # not for convergence: q(1) = 0.701, and for sigma in [1e-2, 1] five steps end in [0.68, 1.13].
@@ -40,6 +49,5 @@ def newton_schulz(*, steps: int = 5, dtype: torch.dtype | str = "auto") -> _Newt
         >>> bool((O.diagonal() > 0.6).all())
         True
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_steps(steps)
     return _NewtonSchulz(steps, dtype_name(dtype))

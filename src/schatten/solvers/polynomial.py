@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from schatten.solvers import minimax
-from schatten.solvers.core import check_matrices, dtype_name, normalised, on_wide_batch, quintic_steps, working_dtype
+from schatten.solvers.core import (
+    check_matrices,
+    check_steps,
+    dtype_name,
+    normalised,
+    on_wide_batch,
+    quintic_steps,
+    working_dtype,
+)
 
 # Room above sigma = 1 in every fit: a bf16 cast after normalisation lifts sigma by up to 0.4 %, and each rounded
 # product by about as much again. 1 % covers both; quintics fitted without room overflow (all-ones 96 x 130, bf16).
@@ -21,10 +29,19 @@ LOWER = 1e-3
 
 @dataclass(frozen=True)
 class _Polynomial:
-    tol: float
-    steps: int
+    tol: float | None
+    fixed_steps: int | None
     lower: float
     dtype: str
+
+    @property
+    def steps(self) -> int:
+        """How many quintics are applied."""
+        if self.fixed_steps is not None:
+            return self.fixed_steps
+        assert self.tol is not None
+        tol = self.tol
+        return minimax.steps_for(tol if tol > 0.01 else ROUNDING_SHARE * tol, self.lower, margin=MARGIN)
 
     def __call__(self, X: Tensor) -> Tensor:
         check_matrices(X, "X")
@@ -33,7 +50,8 @@ class _Polynomial:
         return on_wide_batch(X, lambda Y: quintic_steps(normalised(Y, work), quintics))
 
     def __repr__(self) -> str:
-        return f"polynomial(tol={self.tol:.4g}, steps={self.steps}, lower={self.lower:g}, dtype={self.dtype!r})"
+        length = f"steps={self.fixed_steps}" if self.fixed_steps is not None else f"tol={self.tol}"
+        return f"polynomial({length}, lower={self.lower}, dtype={self.dtype!r})"
 
 
 def polynomial(
@@ -45,7 +63,7 @@ def polynomial(
     between 0 and 1 + tol, and zero stays zero. Give `tol` (default 0.16: five steps) or `steps`, not both. `dtype` is
     the precision of the products: in fp32 the band holds down to tol = 1e-3, in fp64 to 1e-10; in bf16 and fp16
     rounding adds up to about 0.03 and 0.005 for singular values above 1e-2 and more below. `"auto"` is the device's
-    fastest.
+    fastest. fp32 products obey `torch.set_float32_matmul_precision`: below "highest" they are TF32's or bf16's.
 
     Raises ValueError for a tolerance outside (0, 1), fewer than one step, a lower end outside (0, 1) or both `tol`
     and `steps`.
@@ -53,18 +71,20 @@ def polynomial(
     Example:
         >>> import torch, schatten
         >>> schatten.solvers.polynomial(tol=1e-3, dtype="float32")
-        polynomial(tol=0.001, steps=7, lower=0.001, dtype='float32')
+        polynomial(tol=0.001, lower=0.001, dtype='float32')
     """
     if tol is not None and steps is not None:
         raise ValueError(f"tol and steps each fix the length of the iteration: give one, got tol={tol} and steps={steps}.")
     if tol is not None and not 0 < tol < 1:
         raise ValueError(f"tol must lie in (0, 1), got {tol}.")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    if tol is not None and tol < 1e-14:
+        raise ValueError(f"tol must be reachable in double precision, at least 1e-14, got tol={tol}.")
+    if steps is not None:
+        check_steps(steps)
     if not 0 < lower < 1:
         raise ValueError(f"lower must lie in (0, 1), got {lower}.")
-    if steps is not None:
-        return _Polynomial(minimax.composition(lower, steps, margin=MARGIN)[1], steps, lower, dtype_name(dtype))
-    tol = DEFAULT_TOL if tol is None else tol
-    fit_tol = tol if tol > 0.01 else ROUNDING_SHARE * tol
-    return _Polynomial(tol, minimax.steps_for(fit_tol, lower, margin=MARGIN), lower, dtype_name(dtype))
+    if tol is None and steps is None:
+        tol = DEFAULT_TOL
+    solver = _Polynomial(tol, steps, lower, dtype_name(dtype))
+    assert solver.steps  # an unreachable tolerance is refused here, not in the first step
+    return solver

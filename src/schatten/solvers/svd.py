@@ -17,7 +17,8 @@ class _SVD:
         U, s, Vh = torch.linalg.svd(torch.where(finite, X, 0).double(), full_matrices=False)
         if s.shape[-1] == 0:
             return X.clone()
-        rounding = max(X.shape[-2:]) * torch.finfo(X.dtype).eps
+        # A half-precision matrix is taken for its exact value: its own eps times 1000 columns would drop everything.
+        rounding = max(X.shape[-2:]) * min(torch.finfo(X.dtype).eps, torch.finfo(torch.float32).eps)
         kept = (s > rounding * s[..., :1]).to(s.dtype)
         return torch.where(finite, (U * kept.unsqueeze(-2)) @ Vh, torch.nan).to(X.dtype)
 
@@ -28,8 +29,9 @@ class _SVD:
 def svd() -> _SVD:
     """U V^T of the compact SVD, computed in fp64 and returned in the input's dtype.
 
-    Singular values below `max(m, n) * eps(dtype)` of the largest count as zero: their directions get 0, so a
-    rank-deficient matrix has a well-defined result and a zero matrix gives zero. Error: fp64 rounding, about 1e-14.
+    Singular values below `max(m, n) * eps` of the largest count as zero, eps that of the dtype or of fp32 if smaller:
+    their directions get 0, so a rank-deficient matrix has a well-defined result and a zero matrix gives zero.
+    Error: fp64 rounding, about 1e-14.
 
     Example:
         >>> import torch, schatten

@@ -1,0 +1,84 @@
+"""The three products agree with their formulas in fp64, for every name behind the seam."""
+
+import pytest
+import torch
+
+from schatten import kernels
+from tests.contracts.matrices import gaussian
+
+# fp64 rounding of sums of at most 30 products of entries near 1.
+FP64 = 1e-12
+
+BATCHES = [(1, 1, 1), (1, 4, 9), (3, 4, 4), (5, 8, 30)]
+
+
+def symmetric(b, m):
+    """Three symmetric matrices that commute: polynomials of one."""
+    X = gaussian(b, m, m, seed=m)
+    A = (X + X.mT) / 2
+    return A, A @ A, 2 * A - A @ A @ A
+
+
+def operands(shape):
+    b, m, n = shape
+    A, B, C = symmetric(b, m)
+    X = gaussian(b, m, n, seed=n)
+    return A, B, C, X
+
+
+def test_the_seam_is_three_products():
+    assert sorted(kernels.__all__) == ["affine", "gram", "sym"]
+
+
+@pytest.mark.parametrize("shape", BATCHES, ids=str)
+def test_the_products_agree_with_their_formulas(shape):
+    A, B, C, X = operands(shape)
+    for i in range(shape[0]):
+        a, b, c, x = (M[i] for M in (A, B, C, X))
+        assert (kernels.gram(X)[i] - x @ x.T).abs().max() < FP64
+        # Entries of A B reach 1e3 at the largest size.
+        assert (kernels.sym(A, B, C, 0.7, -1.3)[i] - (0.7 * c - 1.3 * a @ b)).abs().max() < 1e3 * FP64
+        assert (kernels.affine(B, X, -0.4)[i] - (-0.4 * x + b @ x)).abs().max() < 1e3 * FP64
+
+
+@pytest.mark.parametrize("shape", BATCHES, ids=str)
+def test_symmetric_products_are_symmetric(shape):
+    A, B, C, X = operands(shape)
+    for M in (kernels.gram(X), kernels.sym(A, B, C, 0.7, -1.3), kernels.sym(A, A, A, 2.0, 0.5)):
+        assert (M - M.mT).abs().max() < 1e3 * FP64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_are_only_read_and_dtypes_kept(dtype):
+    given = [M.to(dtype) for M in operands((3, 4, 9))]
+    A, B, C, X = given
+    copies = [M.clone() for M in given]
+    for result, shape in (
+        (kernels.gram(X), (3, 4, 4)),
+        (kernels.sym(A, B, C, 0.5, 2.0), (3, 4, 4)),
+        (kernels.affine(B, X, 3.0), (3, 4, 9)),
+    ):
+        assert result.dtype == dtype and result.shape == shape
+        assert all(result.data_ptr() != M.data_ptr() for M in given)
+    assert all(torch.equal(M, copy) for M, copy in zip(given, copies, strict=True))
+
+
+def test_transposed_operands_are_read_as_they_are():
+    X = gaussian(2, 9, 4).mT
+    A = gaussian(2, 4, 4)
+    A = (A + A.mT).mT
+    assert (kernels.gram(X) - kernels.gram(X.contiguous())).abs().max() < FP64
+    assert (kernels.affine(A, X, 2.0) - kernels.affine(A.contiguous(), X.contiguous(), 2.0)).abs().max() < 1e2 * FP64
+
+
+def test_half_precision_sums_in_full():
+    # A thousand products of 1: summed in bf16 they would stick at 256.
+    ones = torch.ones(1, 2, 1000, dtype=torch.bfloat16)
+    assert kernels.gram(ones).unique().tolist() == [1000.0]
+
+
+def test_a_nan_stays_in_its_matrix():
+    A, B, C, X = operands((3, 4, 9))
+    X[1, 0, 0] = B[1, 0, 0] = torch.nan
+    for result in (kernels.gram(X), kernels.sym(A, B, C, 0.5, 2.0), kernels.affine(B, X, 3.0)):
+        assert result[[0, 2]].isfinite().all() and not result[1].isfinite().all()
