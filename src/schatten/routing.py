@@ -187,17 +187,13 @@ class _Owner:
     attribute: str
     name: str
     parameter: Tensor
-    in_list: bool
 
 
 def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
     owners: dict[int, list[_Owner]] = {}
-    lists: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            lists.append(path + ".")
         for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            owner = _Owner(module, attribute, f"{path}.{attribute}" if path else attribute, p, path.startswith(tuple(lists)))
+            owner = _Owner(module, attribute, f"{path}.{attribute}" if path else attribute, p)
             owners.setdefault(id(p), []).append(owner)
     return owners
 
@@ -218,17 +214,17 @@ def _heads(owners: Mapping[int, list[_Owner]]) -> dict[int, _Owner]:
 
     A Linear that shares an embedding's storage is the head of a tied model. Otherwise it is the last Linear with
     out_features = vocabulary and in_features = width of an embedding; token tables come before position tables. A
-    Linear in a ModuleList is a block's: a square position table has the shape of a hidden matrix.
+    square table beside others is a position table, whose shape is also that of hidden matrices.
     """
     places = [o for places in owners.values() for o in places]
     linears = [o for o in places if isinstance(o.module, nn.Linear) and o.attribute == "weight"]
-    outside = [o for o in linears if not o.in_list]
     embeddings = [o for o in places if isinstance(o.module, EMBEDDINGS) and not isinstance(o.parameter, UninitializedParameter)]
     tied = {_storage(o.parameter) for o in embeddings}
     if any(_storage(o.parameter) in tied for o in linears):
         return {}
-    for embedding in embeddings:
-        for linear in reversed(outside):
+    tables = [o for o in embeddings if o.parameter.shape[0] != o.parameter.shape[1]] or embeddings
+    for embedding in tables:
+        for linear in reversed(linears):
             if tuple(linear.parameter.shape) == tuple(embedding.parameter.shape):
                 return {id(linear.parameter): embedding}
     return {}

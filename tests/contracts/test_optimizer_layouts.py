@@ -52,7 +52,7 @@ def channels_last(t):
 @pytest.mark.parametrize("of_weight", [torch.clone, transposed, every_second], ids=["dense", "transposed", "strided"])
 def test_the_order_in_memory_of_weight_and_gradient_does_not_change_a_step(dtype, of_weight, of_gradient, algorithm):
     start, gradients = torch.randn(6, 4).to(dtype), torch.randn(3, 6, 4).to(dtype)
-    results = []
+    results, states = [], []
     for w, g in ((torch.clone, torch.clone), (of_weight, of_gradient)):
         p = nn.Parameter(w(start))
         strides = p.stride()
@@ -62,7 +62,10 @@ def test_the_order_in_memory_of_weight_and_gradient_does_not_change_a_step(dtype
             opt.step()
         assert p.stride() == strides
         results.append(p.detach())
+        states.append(opt.state[p])
     assert_equal_up_to_rounding(*results)
+    for key in states[0]:
+        assert_equal_up_to_rounding(states[0][key], states[1][key])
 
 
 @pytest.mark.parametrize("algorithm", ["spectral", "adamw"])
@@ -105,6 +108,19 @@ def test_a_model_may_become_channels_last_between_steps(algorithm):
             opt.step()
         results.append(p.detach())
     assert_equal_up_to_rounding(*results)
+
+
+@pytest.mark.parametrize("algorithm", ["spectral", "adamw"])
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [(torch.clone, channels_last), (channels_last, torch.clone)])
+def test_a_checkpoint_of_one_order_in_memory_continues_in_another(saved_as, loaded_as, algorithm):
+    start, gradients = torch.randn(8, 4, 3, 3), torch.randn(4, 8, 4, 3, 3)
+    p = nn.Parameter(saved_as(start))
+    opt = optimizer(p, algorithm)
+    run(opt, p, gradients[:2])
+    q = nn.Parameter(loaded_as(p.detach()))
+    other = optimizer(q, algorithm)
+    other.load_state_dict(opt.state_dict())
+    assert_equal_up_to_rounding(run(opt, p, gradients[2:]), run(other, q, gradients[2:]))
 
 
 @pytest.mark.parametrize("scale", ["adamw-rms", "keller", "mup", "none"])

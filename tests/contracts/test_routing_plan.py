@@ -75,12 +75,22 @@ def test_of_an_untied_gpt_with_its_head_first_the_hidden_matrices_are_spectral()
     assert reasons(model)["lm_head.weight"] == "output head: Linear onto the vocabulary of wte.weight"
 
 
+@pytest.mark.parametrize("container", ["ModuleList", "Sequential", "ModuleDict", "attributes"])
 @pytest.mark.parametrize("context", [5, 8], ids=lambda c: f"context {c}")
-def test_a_square_position_table_makes_no_hidden_matrix_a_head(context):
+def test_a_square_position_table_makes_no_hidden_matrix_a_head(context, container):
     # Tied in forward() by F.linear(x, self.wte.weight), there is no head module. GPT-2 medium has context = width = 1024.
     model = GPT(head=False, context=context)
-    for block in model.blocks:
+    blocks = list(model.blocks)
+    for block in blocks:
         del block["up"]
+    if container == "Sequential":
+        model.blocks = nn.Sequential(*blocks)
+    elif container == "ModuleDict":
+        model.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(blocks)})
+    elif container == "attributes":
+        model.blocks = nn.Module()
+        for i, block in enumerate(blocks):
+            setattr(model.blocks, str(i), block)
     assert {name for name, route in routes(model).items() if route == "spectral"} == {n for n in HIDDEN if "up" not in n}
 
 
