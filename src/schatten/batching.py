@@ -12,7 +12,7 @@ from torch import Tensor
 
 from schatten.rounding import store_
 
-# Matrices multiplied together, in entries (64 MiB in fp32): enough to fill the cores or the GPU, little enough that a
+# Matrices multiplied together, in entries (32 MiB in fp32): enough to fill the cores or the GPU, little enough that a
 # step's temporaries stay small beside the model.
 MAX_BATCH_ENTRIES = 1 << 23
 
@@ -36,7 +36,8 @@ def batches(members: Sequence[Member]) -> Iterator[list[Member]]:
     for index, p in members:
         alike[p.shape, p.dtype, p.device].append((index, p))
     for same in alike.values():
-        yield from _pieces(same, MAX_BATCH_ENTRIES)
+        # A CPU gives each thread whole matrices: three on two threads take as long as four.
+        yield from _pieces(same, MAX_BATCH_ENTRIES, torch.get_num_threads() if same[0][1].device.type == "cpu" else 1)
 
 
 def parts(batch: list[Member]) -> Iterator[list[Member]]:
@@ -44,8 +45,9 @@ def parts(batch: list[Member]) -> Iterator[list[Member]]:
     return _pieces(batch, MAX_CPU_PART_ENTRIES if batch[0][1].device.type == "cpu" else MAX_BATCH_ENTRIES)
 
 
-def _pieces(members: list[Member], entries: int) -> Iterator[list[Member]]:
+def _pieces(members: list[Member], entries: int, multiple: int = 1) -> Iterator[list[Member]]:
     size = max(1, entries // max(1, members[0][1].numel()))
+    size = max(1, size // multiple * multiple)
     for start in range(0, len(members), size):
         yield members[start : start + size]
 

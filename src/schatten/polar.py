@@ -14,9 +14,10 @@ def polar(G: Tensor, *, tol: float | None = None, steps: int | None = None, dtyp
     non-finite values and leaves the others of its batch alone.
 
     Args:
-        tol: half-width of the band; at least 1e-3 for fp32, 1e-10 for fp64. `steps` fixes the number of quintics instead.
+        tol: half-width of the band; held down to 1e-3 in fp32 and 1e-10 in fp64. `steps` fixes the number of quintics instead.
         dtype: precision of the products; default fp64 for fp64 input and fp32 for everything else. Pass
-            `torch.bfloat16` for speed where 3 % of rounding does not matter; an optimizer's solver does so by itself.
+            `torch.bfloat16` for speed where its rounding does not matter (`schatten.solvers.polynomial` has the numbers).
+            fp32 products obey `torch.set_float32_matmul_precision`; with less than "highest" ask for fp64 where it counts.
 
     Raises TypeError for complex or integer input, ValueError for fewer than two dimensions, both `tol` and `steps`, or
     either out of range.

@@ -67,3 +67,14 @@ def test_any_batch_shape_is_the_batch_of_its_matrices(batch, m, n, seed):
     for x, p in zip(X.reshape(-1, m, n) if X.numel() else [], P.reshape(-1, m, n) if X.numel() else [], strict=True):
         # Small Gaussians may be nearly singular: fp64 rounding times a gain of at most 8e2.
         assert (polar(x) - p).abs().max() < 1e-11
+
+
+def test_polar_can_be_differentiated():
+    # <polar(G), G> of a square orthogonal factor is the nuclear norm, whose gradient is the polar factor itself (up to the
+    # band): the derivative of polar in that direction vanishes, so the two parts of the product rule leave polar(G).
+    torch.manual_seed(0)
+    G = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    (polar(G, tol=1e-8) * G).sum().backward()
+    U, _, Vh = torch.linalg.svd(G.detach())
+    # The derivative of a composition accurate to 1e-8 is accurate to about its square root.
+    torch.testing.assert_close(G.grad, U @ Vh, rtol=0, atol=1e-3)

@@ -13,7 +13,7 @@ from schatten.lab.errors import InputError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # The same grid for every optimizer unless --lrs says otherwise.
-DEFAULT_LRS = "1e-3,2e-3,4e-3"
+DEFAULT_LRS = "1e-3,2e-3,4e-3,8e-3"
 
 # Output for a file or a pipe has no width of its own; tables need this much.
 PLAIN_WIDTH = 120

@@ -68,6 +68,7 @@ class Trainer:
         self.bounds = optimizers.bounds(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.progress = Progress()
+        self.losses: list[Tensor] = []  # of the steps since the last log record
 
     @property
     def is_main(self) -> bool:
@@ -79,15 +80,13 @@ class Trainer:
         if self.is_main and self.config.trackers:
             plain = {k: v for k, v in self.config.plain().items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers(self.run.id, {**plain, "optimizer": self.run.optimizer, "lr": self.run.lr})
-        losses: list[Tensor] = []
         diverged = False
         while self.progress.step < self.config.steps and not diverged:
-            losses.append(self._step())
+            self.losses.append(self._step())
             step = self.progress.step
             last = step == self.config.steps
             if step % LOG_EVERY == 0 or last:
-                diverged = not self._log(losses)
-                losses.clear()
+                diverged = not self._log()
                 report(self.progress)
             if not diverged and (last or step % self.config.eval_every == 0):
                 diverged = not self._evaluate(self.config.final_eval_windows if last else self.config.eval_windows)
@@ -137,8 +136,9 @@ class Trainer:
 
     # -- what is recorded ------------------------------------------------------------------------------------------
 
-    def _log(self, losses: list[Tensor]) -> bool:
-        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+    def _log(self) -> bool:
+        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean")
+        self.losses.clear()
         assert isinstance(mean, Tensor)
         self.progress.train_loss = float(mean)
         self._record("train", loss=self.progress.train_loss, lr=self.optimizer.param_groups[0]["lr"])
@@ -190,7 +190,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial), safe_serialization=True)
         if self.is_main:
-            (partial / "progress.json").write_text(json.dumps(vars(self.progress)))
+            saved = {"progress": vars(self.progress), "losses": [loss.item() for loss in self.losses]}
+            (partial / "progress.json").write_text(json.dumps(saved))
             replace_folder(partial, target)
         self.accelerator.wait_for_everyone()
 
@@ -198,7 +199,9 @@ class Trainer:
         folder = newest(self.store.checkpoint(self.run.id))
         if folder is not None:
             self.accelerator.load_state(str(folder))
-            self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+            saved = json.loads((folder / "progress.json").read_text())
+            self.progress = Progress(**saved["progress"])
+            self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in saved["losses"]]
         if self.is_main:
             self.store.rewind(self.run.id, self.progress.step)
         self.accelerator.wait_for_everyone()

@@ -85,18 +85,20 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps must be at least 1, got {steps}.")
 
 
-def normalised(X: Tensor, dtype: torch.dtype, divisor: float = 1.0) -> Tensor:
-    """`X / (divisor ||X||_F)` per matrix (b, m, n) in `dtype`, for `X` of any finite scale; zero stays zero."""
+def normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """`X / ||X||_F` per matrix (b, m, n) in `dtype`, for `X` of any finite scale; zero stays zero."""
     if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:
-        Y = torch.empty_like(X, dtype=dtype)
+        Y = torch.empty(X.shape, dtype=dtype, device=X.device)  # contiguous: products of transposed views are slower
         for x, y in zip(X, Y, strict=True):
-            y.copy_(normalised(x.unsqueeze(0), dtype, divisor).squeeze(0))
+            y.copy_(normalised(x.unsqueeze(0), dtype).squeeze(0))
         return Y
     wide = X.to(torch.float64 if X.dtype == torch.float64 else torch.float32)
     largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
     Y = wide / torch.where(largest == 0, 1, largest)
     norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
-    return Y.mul_(1 / (divisor * torch.where(norm == 0, 1, norm))).to(dtype)
+    norm = torch.where(norm == 0, 1, norm)
+    # In place, which saves a temporary, unless autograd needs Y again.
+    return (Y / norm if Y.requires_grad else Y.div_(norm)).to(dtype)
 
 
 def quintic_steps(X: Tensor, steps: Sequence[Quintic]) -> Tensor:

@@ -20,7 +20,7 @@ from schatten.solvers.core import (
 # product by about as much again. 1 % covers both; quintics fitted without room overflow (all-ones 96 x 130, bf16).
 MARGIN = 1.01
 
-# The fit takes half the tolerance; the other half is for rounding, at most 4e-4 in fp32 for sigma >= 1e-3.
+# The fit takes half of a tight tolerance; the other half is for rounding, 1e-5 in fp32 for sigma >= 1e-3.
 ROUNDING_SHARE = 0.5
 
 DEFAULT_TOL = 0.16
@@ -61,9 +61,10 @@ def polynomial(
 
     Every singular value of at least `lower` times the Frobenius norm ends in [1 - tol, 1 + tol]; smaller ones end
     between 0 and 1 + tol, and zero stays zero. Give `tol` (default 0.16: five steps) or `steps`, not both. `dtype` is
-    the precision of the products: in fp32 the band holds down to tol = 1e-3, in fp64 to 1e-10; in bf16 and fp16
-    rounding adds up to about 0.03 and 0.005 for singular values above 1e-2 and more below. `"auto"` is the device's
-    fastest. fp32 products obey `torch.set_float32_matmul_precision`: below "highest" they are TF32's or bf16's.
+    the precision of the products, `"auto"` the fastest of the device. fp32 keeps the band down to tol = 1e-3, fp64 down
+    to 1e-10. bf16 and fp16 widen it by at most 0.005 and 0.001 for singular values above 1e-2 of the norm, and by 0.08
+    and 0.002 above 1e-3; below, their rounding may exceed what is left of a direction, sign included. fp32 products
+    obey `torch.set_float32_matmul_precision`: below "highest" they may be TF32's or bf16's.
 
     Raises ValueError for a tolerance outside (0, 1), fewer than one step, a lower end outside (0, 1) or both `tol`
     and `steps`.
