@@ -54,7 +54,7 @@ def compare(
     final_lr: Annotated[float, typer.Option(help="The last learning rate as a share of the peak.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Global gradient norm to clip at; 0 is off.")] = 1.0,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = 100,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = 50,
     eval_windows: Annotated[int, typer.Option(help="Validation windows during a run.")] = 64,
     final_eval_windows: Annotated[int, typer.Option(help="Validation windows at its end.")] = 2048,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints: what a kill loses at most.")] = 200,

@@ -56,7 +56,7 @@ class CompareConfig:
     final_lr: float = 0.1
     clip: float = 1.0
     mixed_precision: str = "no"
-    eval_every: int = 100
+    eval_every: int = 50
     eval_windows: int = 64
     final_eval_windows: int = 2048
     save_every: int = 200
