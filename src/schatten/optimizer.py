@@ -40,7 +40,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         params: a module, routed by `schatten.plan`; or tensors, `(name, tensor)` pairs or dict groups. A group's
             `algorithm` is `"spectral"` (default) or `"adamw"`; a spectral group's `layout` says how its tensors are
             read as matrices (`schatten.layout`).
-        rule: the `Rule` of spectral groups; a group may carry its own under the key `rule`.
+        rule: the `Rule` of spectral groups, default `Rule()`; a group may carry its own under the key `rule`.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled decay lambda.
         rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
@@ -113,7 +113,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
-        return group["rule"]
+        return group.get("rule") or Rule()
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

@@ -191,3 +191,10 @@ def test_a_module_gives_the_same_lr_and_decay_to_both_algorithms_and_trains_all_
     model(torch.randn(16, 4)).square().mean().backward()
     opt.step()
     assert not any(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+def test_the_bare_engine_has_muons_rule_and_asks_for_its_momentum():
+    opt = schatten.SpectralOptimizer([matrix()], momentum=0.9)
+    assert opt.rule(opt.param_groups[0]) == schatten.Rule()
+    with pytest.raises(ValueError, match="needs a value for 'momentum'"):
+        schatten.SpectralOptimizer([matrix()])
