@@ -24,7 +24,7 @@ States = Mapping[torch.Tensor, dict[str, torch.Tensor]]
 
 SCHEMA = 1
 
-PLAIN = (bool, int, float, str, torch.Tensor, type(None))
+PLAIN = (Real, str, torch.Tensor, type(None))
 
 
 def exported(packed: dict[str, Any], live_groups: Sequence[Mapping[str, Any]], rule_of: RuleOf) -> dict[str, Any]:
@@ -59,11 +59,7 @@ def imported(
     for saved, live in zip(state_dict["param_groups"], live_groups, strict=True):
         _check_group(saved, live, rule_of)
         # The optimizer's own objects, and its own names: a wrapper such as DDP renames every parameter.
-        objects = {
-            k: v
-            for k, v in live.items()
-            if k == "param_names" or (k != "params" and not isinstance(v, (*PLAIN, Real)) and not _plain(v))
-        }
+        objects = {k: v for k, v in live.items() if k == "param_names" or (k != "params" and not _plain(v))}
         groups.append({k: v for k, v in {**saved, **objects}.items() if k in live or k not in ("rule", "schema")})
     for saved, live in zip(state_dict["param_groups"], live_groups, strict=True):
         _check_state(saved, live, state_dict["state"], live_state)
@@ -90,7 +86,7 @@ def _text(value: Any) -> Any:
     """A plain value as it is, a number of another library as Python's, anything else as its text."""
     if isinstance(value, (list, tuple)):
         return type(value)(_text(v) for v in value)
-    if isinstance(value, Real) and type(value) not in PLAIN:
+    if isinstance(value, Real) and type(value) not in (bool, int, float):
         return int(value) if isinstance(value, Integral) else float(value)
     return value if isinstance(value, PLAIN) else repr(value)
 

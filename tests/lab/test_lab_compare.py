@@ -15,6 +15,7 @@ from rich.console import Console
 from schatten import cli
 from schatten.lab.compare import compare
 from schatten.lab.config import CompareConfig
+from schatten.lab.errors import InputError
 from schatten.lab.report import write_report
 from schatten.lab.store import Store
 
@@ -116,6 +117,28 @@ def test_a_killed_comparison_resumes_bit_identically(tmp_path):
         (root / "checkpoints/muon-lr0.004-seed0/model.safetensors").read_bytes() for root in (tmp_path / "whole", killed.root)
     ]
     assert weights[0] == weights[1]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    options = [*OPTIONS, "--eval-every=10", "--save-every=15", "--optimizers=muon"]
+    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]}
+    losses = []
+    for name, launcher in launchers.items():
+        command = [*launcher, "-m", "schatten", "compare", *options, f"--out={tmp_path / name}"]
+        subprocess.run(command, check=True, capture_output=True)
+        losses.append([r["loss"] for r in Store(tmp_path / name).records()])
+    assert len(losses[0]) == len(losses[1]) == 5
+    # The same windows averaged in another order: fp32 rounding, grown over 20 steps.
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # one state for all instances
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 3)
+    with pytest.raises(InputError, match="--batch must be a multiple of the 3 processes, got 4"):
+        run(tmp_path / "out")
 
 
 def test_a_checkpoint_half_replaced_is_found(tmp_path, finished):

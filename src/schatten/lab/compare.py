@@ -16,6 +16,7 @@ from rich.table import Table
 
 from schatten.lab import data
 from schatten.lab.config import CompareConfig
+from schatten.lab.errors import InputError
 from schatten.lab.models import GPT
 from schatten.lab.store import Store
 from schatten.lab.train import Progress as RunProgress
@@ -51,10 +52,11 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
     """Run what of `config` is not finished in `out`, write the report there, and return one `Setting` per optimizer and lr."""
     from schatten.lab.report import write_report
 
-    # Without an accelerator accelerate must be told so, or it takes the processes of torchrun for separate ones.
-    state = PartialState(
-        cpu=not torch.accelerator.is_available()
-    )  # the processes of `accelerate launch` or torchrun; one otherwise
+    # The processes of `accelerate launch` or torchrun, one otherwise. Without an accelerator accelerate must be told so, or
+    # it takes torchrun's processes for separate ones.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if config.batch % state.num_processes:
+        raise InputError(f"--batch must be a multiple of the {state.num_processes} processes, got {config.batch}.")
     console = console or Console()
     console.quiet = not state.is_main_process
     corpus = data.load(config.data, config.tokens, config.context)

@@ -137,12 +137,16 @@ class Trainer:
     # -- what is recorded ------------------------------------------------------------------------------------------
 
     def _log(self) -> bool:
-        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean")
+        mean = self._mean(torch.stack(self.losses).mean())
         self.losses.clear()
-        assert isinstance(mean, Tensor)
         self.progress.train_loss = float(mean)
         self._record("train", loss=self.progress.train_loss, lr=self.optimizer.param_groups[0]["lr"])
         return bool(mean.isfinite())
+
+    def _mean(self, value: Tensor) -> Tensor:
+        mean = self.accelerator.reduce(value, "mean")
+        assert isinstance(mean, Tensor)
+        return mean
 
     def _evaluate(self, windows: int) -> bool:
         """Mean loss over `windows` fixed windows of the validation part; every process takes its share of each batch."""
@@ -153,8 +157,9 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             for x, y in zip(ids[rank::world].split(EVAL_BATCH), targets[rank::world].split(EVAL_BATCH), strict=True):
-                total += self.model(x.to(device), y.to(device)) * len(x)
-                count += len(x)
+                if len(x):  # a process without a window
+                    total += self.model(x.to(device), y.to(device)) * len(x)
+                    count += len(x)
         self.model.train()
         both = self.accelerator.reduce(torch.stack([total, count]), "sum")
         assert isinstance(both, Tensor)
@@ -189,8 +194,10 @@ class Trainer:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial), safe_serialization=True)
+        # Every process resumes from the mean of all, so that the next record is the mean of all steps and processes.
+        losses = [float(self._mean(loss)) for loss in self.losses]
         if self.is_main:
-            saved = {"progress": vars(self.progress), "losses": [loss.item() for loss in self.losses]}
+            saved = {"progress": vars(self.progress), "losses": losses}
             (partial / "progress.json").write_text(json.dumps(saved))
             replace_folder(partial, target)
         self.accelerator.wait_for_everyone()

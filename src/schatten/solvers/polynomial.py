@@ -40,8 +40,7 @@ class _Polynomial:
         if self.fixed_steps is not None:
             return self.fixed_steps
         assert self.tol is not None
-        tol = self.tol
-        return minimax.steps_for(tol if tol > 0.01 else ROUNDING_SHARE * tol, self.lower, margin=MARGIN)
+        return minimax.steps_for(self.tol if self.tol > 0.01 else ROUNDING_SHARE * self.tol, self.lower, margin=MARGIN)
 
     def __call__(self, X: Tensor) -> Tensor:
         check_matrices(X, "X")
@@ -87,5 +86,5 @@ def polynomial(
     if tol is None and steps is None:
         tol = DEFAULT_TOL
     solver = _Polynomial(tol, steps, lower, dtype_name(dtype))
-    assert solver.steps  # an unreachable tolerance is refused here, not in the first step
+    _ = solver.steps  # an unreachable tolerance is refused here, not in the first step
     return solver
