@@ -22,7 +22,7 @@ class Rule:
         >>> import torch, schatten
         >>> rule = schatten.Rule(scale=schatten.scales.Scale("keller"))
         >>> rule.describe(weight_decay=0.5, fan_out=12, fan_in=3)
-        'min F subject to spectral norm <= 4'
+        'min F subject to spectral norm <= 4.0'
     """
 
     signal: Signal = field(default_factory=Momentum)

@@ -101,4 +101,5 @@ def test_the_adamw_rms_factor_gives_updates_of_rms_one_fifth():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rule_describes_the_ball_of_its_factor(name):
     text = Rule(scale=Scale(name)).describe(weight_decay=0.5, fan_out=12, fan_in=3)
-    assert text == f"min F subject to spectral norm <= {TABLE[12, 3][name] / 0.5:.4g}"
+    assert text.startswith("min F subject to spectral norm <= ")
+    assert float(text.rsplit(" ", 1)[1]) == pytest.approx(TABLE[12, 3][name] / 0.5, rel=1e-3)  # four digits

@@ -65,7 +65,7 @@ def test_a_far_target_leaves_a_12_by_3_weight_on_the_sphere_that_the_shape_facto
 def test_the_rule_says_which_ball_that_is():
     opt = schatten.Muon([nn.Parameter(torch.zeros(SHAPE))], weight_decay=0.5, scale="keller")
     rule = opt.rule(opt.param_groups[0])
-    assert rule.describe(0.5, *SHAPE) == "min F subject to spectral norm <= 4"
+    assert rule.describe(0.5, *SHAPE) == "min F subject to spectral norm <= 4.0"
 
 
 def test_a_near_target_is_reached_without_bias_from_the_decay():

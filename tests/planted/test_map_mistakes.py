@@ -152,6 +152,9 @@ MISTAKES = {
 }
 
 
+ALL_LAWS = (*laws.LAWS, *laws.SPECTRAL_LAWS, *laws.SYMMETRIC_LAWS)
+
+
 def broken(mistake, law):
     try:
         law(mistake(solver=svd()))
@@ -170,7 +173,7 @@ def test_the_mistake_is_caught_by_the_law(mistake, law):
 
 # The gradient at the two largest of a generic spectrum and of sparse points is differentiable and monotone, so every law
 # but those of the batch with ties applies to the correct map; it must pass them all.
-@pytest.mark.parametrize("law", (*laws.LAWS, *laws.SPECTRAL_LAWS), ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", ALL_LAWS, ids=lambda law: law.__name__)
 def test_a_correct_ky_fan_norm_is_not_accused(law):
     law(KyFan())
 
@@ -178,4 +181,4 @@ def test_a_correct_ky_fan_norm_is_not_accused(law):
 def test_only_sparse_points_see_the_dropped_bound_of_a_ky_fan_norm(monkeypatch):
     # The reason why the laws visit rank one and two: on dense matrices sum sigma <= 2 binds first, and every law passes.
     monkeypatch.setattr(laws, "sparse", lambda: iter(()))
-    assert not any(broken(KyFanWithoutItsFirstBound, law) for law in (*laws.LAWS, *laws.SPECTRAL_LAWS))
+    assert not any(broken(KyFanWithoutItsFirstBound, law) for law in ALL_LAWS)

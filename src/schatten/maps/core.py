@@ -1,8 +1,13 @@
-"""The protocol of a convex map."""
+"""The protocol of a convex map, and the two ways to build one from others: `c * map` and `map + map`."""
 
-from typing import Protocol, runtime_checkable
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from schatten.maps.combinations import Scaled, Sum
 
 
 @runtime_checkable
@@ -18,3 +23,24 @@ class Map(Protocol):
     def violation(self, X: Tensor) -> Tensor: ...
 
     def describe(self, weight_decay: float, factor: float = 1.0) -> str: ...
+
+
+class Combinable:
+    """Sums and positive multiples of maps are maps: `0.5 * Nuclear() + 0.5 * Frobenius()`."""
+
+    def __mul__(self, factor: float) -> Scaled:
+        from schatten.maps.combinations import Scaled
+
+        return Scaled(self, factor)  # type: ignore[arg-type]
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Map) -> Sum:
+        from schatten.maps.combinations import Sum
+
+        return Sum((self, other))  # type: ignore[arg-type]
+
+
+def problem(weight_decay: float, factor: float, terms: str) -> str:
+    """The sentence of `describe`; `terms` is what follows "min F"."""
+    return f"min F{terms}" if weight_decay else "min F, no constraint (weight_decay is 0)"

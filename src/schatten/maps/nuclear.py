@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass, field
 from types import FunctionType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from schatten.maps.core import Combinable
+from schatten.maps.lifts import magnitudes, replaced
+from schatten.maps.potential import ROUNDING, number
 from schatten.solvers import Solver, polynomial
 
 
 @dataclass(frozen=True)
-class Nuclear:
+class Nuclear(Combinable):
     """K(S) = sum of the singular values of S; grad K(S) = U V^T, the polar factor (Muon's direction).
 
     K*(X) = 0 if the spectral norm of X is at most 1, infinity otherwise. With decoupled decay lambda and shape factor c
@@ -27,6 +31,8 @@ class Nuclear:
         (7.0, True)
     """
 
+    over: ClassVar[str] = "spectrum"
+
     solver: Solver = field(default_factory=polynomial)
 
     def __post_init__(self) -> None:
@@ -36,7 +42,7 @@ class Nuclear:
 
     def value(self, S: Tensor) -> Tensor:
         """The nuclear norm, (*b, m, n) -> (*b)."""
-        return torch.linalg.svdvals(S.double()).sum(-1)
+        return magnitudes(S.double(), "spectrum").sum(-1)
 
     def grad(self, S: Tensor) -> Tensor:
         """U V^T by the map's solver, (*b, m, n) -> (*b, m, n)."""
@@ -47,12 +53,17 @@ class Nuclear:
         return torch.where(self.violation(X) > 0, torch.inf, 0.0)
 
     def violation(self, X: Tensor) -> Tensor:
-        """max(||X||_op - 1, 0), where an excess of fp64 rounding, 1e-12, counts as none; (*b, m, n) -> (*b)."""
-        excess = torch.linalg.matrix_norm(X.double(), ord=2) - 1
-        return torch.where(excess > 1e-12, excess, 0.0)
+        """max(||X||_op - 1, 0), where an excess of fp64 rounding counts as none; (*b, m, n) -> (*b)."""
+        u = magnitudes(X.double(), "spectrum")
+        excess = u.amax(-1) - 1
+        return torch.where(excess > ROUNDING * u.sum(-1), excess, 0.0)
+
+    def prox(self, S: Tensor, tau: float) -> Tensor:
+        """argmin over X of ||X||_nuc + ||X - S||_F^2 / (2 tau), in fp64: singular values less tau."""
+        return replaced(S.double(), "spectrum", lambda s: (s - tau).clamp(min=0))
 
     def describe(self, weight_decay: float, factor: float = 1.0) -> str:
         """The problem that decoupled decay makes a rule on this map solve."""
         if weight_decay == 0:
             return "min F, no constraint (weight_decay is 0)"
-        return f"min F subject to spectral norm <= {factor / weight_decay:.4g}"
+        return f"min F subject to spectral norm <= {number(factor / weight_decay)}"

@@ -1,15 +1,19 @@
-"""Solvers: pure functions `(*b, m, n) -> (*b, m, n)` that compute the polar factor U V^T to a stated accuracy.
+"""Solvers: pure functions `(*b, m, n) -> (*b, m, n)` that compute spectral functions to a stated accuracy.
 
 Each is built by a function of its own file and is a frozen dataclass of plain values, so that its text names it:
 
-- `svd()`: the exact factor by a double-precision SVD; the oracle.
-- `polynomial(tol=...)`: a minimax composition of odd quintics chosen from a tolerance; the default.
-- `newton_schulz()`: Keller Jordan's five steps, as `torch.optim.Muon` runs them.
+- `svd()`: exact, by a double-precision SVD; the oracle.
+- `polynomial(tol=...)`: the polar factor by a minimax composition of odd quintics; the default.
+- `newton_schulz()`: the polar factor by Keller Jordan's five steps, as `torch.optim.Muon` runs them.
+- `tower()`: any smooth spectral function by seven quintics; `fit` finds its weights.
+- `krylov()`: functions of the leading singular values.
 """
 
-from schatten.solvers.core import Solver
+from schatten.solvers.core import FunctionSolver, Solver, SpectralFunction
+from schatten.solvers.krylov import krylov
 from schatten.solvers.newton_schulz import newton_schulz
 from schatten.solvers.polynomial import polynomial
 from schatten.solvers.svd import svd
+from schatten.solvers.tower import fit, tower
 
-__all__ = ["Solver", "newton_schulz", "polynomial", "svd"]
+__all__ = ["FunctionSolver", "Solver", "SpectralFunction", "fit", "krylov", "newton_schulz", "polynomial", "svd", "tower"]

@@ -33,6 +33,47 @@ class Solver(Protocol):
     def __call__(self, X: Tensor) -> Tensor: ...
 
 
+class SpectralFunction(Protocol):
+    """What a function solver needs to know of U h(Sigma) V^T; hashable, and h(0) = 0 is understood.
+
+    `h(s, a)` for singular values (*b, r) and a threshold `a`, a number or (*b, 1); it is homogeneous in both together,
+    h(c s, c a) = c^degree h(s, a). `a` is its value, 0 without
+    one, `relative` the norm of X it is to be multiplied by, if any, and `threshold(X)` the product. `rank` is how many
+    leading singular values count, None for all. `family` is the same function at a = 1, and None without a threshold.
+    """
+
+    @property
+    def degree(self) -> float: ...
+
+    @property
+    def rank(self) -> int | None: ...
+
+    @property
+    def a(self) -> float: ...
+
+    @property
+    def relative(self) -> str | None: ...
+
+    @property
+    def vanishes(self) -> bool: ...
+
+    @property
+    def family(self) -> "SpectralFunction | None": ...
+
+    def h(self, s: Tensor, a: Tensor | float) -> Tensor: ...
+
+    def threshold(self, S: Tensor) -> Tensor | float: ...
+
+
+@runtime_checkable
+class FunctionSolver(Protocol):
+    """A solver of spectral functions: `apply(X, f)` is U h(Sigma) V^T, and `check(f)` refuses an f it cannot do."""
+
+    def apply(self, X: Tensor, f: SpectralFunction) -> Tensor: ...
+
+    def check(self, f: SpectralFunction) -> None: ...
+
+
 def dtype_name(dtype: torch.dtype | str | None) -> str:
     """The plain name of a working precision; `None` and `"auto"` leave the choice to the device."""
     if dtype is None or dtype == "auto":
@@ -85,20 +126,33 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps must be at least 1, got {steps}.")
 
 
-def normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """`X / ||X||_F` per matrix (b, m, n) in `dtype`, for `X` of any finite scale; zero stays zero."""
+def frobenius(X: Tensor) -> Tensor:
+    """||X||_F per matrix, (b, m, n) -> (b, 1, 1) in fp32 (fp64 for fp64 input); 1 for a zero matrix.
+
+    Squares are summed in fp64, where those of any fp32 number fit; fp64 input is divided by its largest entry first.
+    """
+    if X.dtype != torch.float64:
+        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        return torch.where(norm == 0, 1, norm).float()
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = torch.where(largest == 0, 1, largest)
+    norm = largest * torch.linalg.vector_norm(X / largest, dim=(-2, -1), keepdim=True)
+    return torch.where(norm == 0, 1, norm)
+
+
+def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """X / divisor per matrix, divided in fp32 (fp64 for fp64 input) and rounded once, contiguous."""
     if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:
         Y = torch.empty(X.shape, dtype=dtype, device=X.device)  # contiguous: products of transposed views are slower
-        for x, y in zip(X, Y, strict=True):
-            y.copy_(normalised(x.unsqueeze(0), dtype).squeeze(0))
+        for x, d, y in zip(X, divisor, Y, strict=True):
+            y.copy_(x.to(d.dtype) / d)
         return Y
-    wide = X.to(torch.float64 if X.dtype == torch.float64 else torch.float32)
-    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
-    Y = wide / torch.where(largest == 0, 1, largest)
-    norm = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
-    norm = torch.where(norm == 0, 1, norm)
-    # In place, which saves a temporary, unless autograd needs Y again.
-    return (Y / norm if Y.requires_grad else Y.div_(norm)).to(dtype)
+    return (X.to(divisor.dtype) / divisor).to(dtype).contiguous()
+
+
+def normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """`X / ||X||_F` per matrix (b, m, n) in `dtype`; zero stays zero."""
+    return quotient(X, frobenius(X), dtype)
 
 
 def quintic_steps(X: Tensor, steps: Sequence[Quintic]) -> Tensor:
