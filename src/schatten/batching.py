@@ -1,7 +1,8 @@
 """Batching: parameters of one shape as stacks of logical matrices, and the way back into them.
 
 Matrix products gain from large batches, elementwise work on a CPU from pieces that stay in its cache, so a batch is
-made of parts: the signal and the retraction see a part, the map sees the batch.
+made of parts: the signal and the retraction see a part, the map sees the batch. Where both work on entries alone, a
+large matrix is cut into parts by rows.
 """
 
 from collections import defaultdict
@@ -12,13 +13,18 @@ from torch import Tensor
 
 from schatten.rounding import store_
 
-# Matrices multiplied together, in entries (32 MiB in fp32): enough to fill the cores or the GPU, little enough that a
-# step's temporaries stay small beside the model.
-MAX_BATCH_ENTRIES = 1 << 23
+# What a step may allocate beside state and gradients, by default: matrices are multiplied in batches that keep to it.
+# Enough to fill the cores or the GPU; more than the largest same-shape batch of GPT-2 small, 108 MiB in fp32, would gain
+# nothing.
+MAX_BATCH_BYTES = 128 << 20
 
-# Entries of a part on a CPU (4 MiB in fp32): larger temporaries leave the cache, and those above 32 MiB also cost a
-# page fault for every 4 KiB each time. On other devices a part is the whole batch, which saves launches.
-MAX_CPU_PART_ENTRIES = 1 << 20
+# Allocated per entry of a batch while its direction is computed, at most: in fp32 the signal, the iterate, its successor,
+# two products of its smaller side (all counted as square) and the direction. `tests/facts/test_step_memory.py`.
+BYTES_PER_ENTRY = 24
+
+# Entries of a part on a CPU (2 MiB in fp32), so that an operation finds in the cache what the one before it wrote. On
+# other devices a part is the whole batch, which saves launches.
+MAX_CPU_PART_ENTRIES = 1 << 19
 
 COUNTERS = ("step", "skipped")
 
@@ -30,19 +36,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def batches(members: Sequence[Member]) -> Iterator[list[Member]]:
-    """(index, parameter) pairs of one shape, dtype and device together, in batches of at most MAX_BATCH_ENTRIES."""
+def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Member]]:
+    """(index, parameter) pairs of one shape, dtype and device together, in batches that `max_batch_bytes` allows."""
     alike: dict[tuple[object, ...], list[Member]] = defaultdict(list)
     for index, p in members:
         alike[p.shape, p.dtype, p.device].append((index, p))
     for same in alike.values():
+        p = same[0][1]
         # A CPU gives each thread whole matrices: three on two threads take as long as four.
-        yield from _pieces(same, MAX_BATCH_ENTRIES, torch.get_num_threads() if same[0][1].device.type == "cpu" else 1)
-
-
-def parts(batch: list[Member]) -> Iterator[list[Member]]:
-    """A batch in the pieces its device prefers for elementwise work."""
-    return _pieces(batch, MAX_CPU_PART_ENTRIES if batch[0][1].device.type == "cpu" else MAX_BATCH_ENTRIES)
+        threads = torch.get_num_threads() if p.device.type == "cpu" else 1
+        yield from _pieces(same, max_batch_bytes // (BYTES_PER_ENTRY * wide(p.dtype).itemsize // 4), threads)
 
 
 def _pieces(members: list[Member], entries: int, multiple: int = 1) -> Iterator[list[Member]]:
@@ -52,27 +55,82 @@ def _pieces(members: list[Member], entries: int, multiple: int = 1) -> Iterator[
         yield members[start : start + size]
 
 
-class Part:
-    """Parameters of one shape as stacks (parameters, blocks, fan_out, fan_in).
+def parts(
+    batch: list[Member], state: Mapping[Tensor, dict[str, Tensor]], blocks: tuple[int, int, int], by_rows: bool
+) -> list["Part"]:
+    """A batch in the pieces its device prefers for elementwise work; large matrices by rows if `by_rows`."""
+    p = batch[0][1]
+    if p.device.type != "cpu":
+        return [Part(batch, state, blocks)]
+    whole = p.numel() <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype)
+    if whole or not all(p.is_contiguous() for _, p in batch):
+        return [Part(members, state, blocks) for members in _pieces(batch, MAX_CPU_PART_ENTRIES)]
+    rows, height = blocks[0] * blocks[1], max(1, MAX_CPU_PART_ENTRIES // blocks[2])
+    slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+    return [Part([member], state, blocks, rows) for member in batch for rows in slices]
 
-    What is written back is kept only where the gradient was finite; a mask on the device chooses, so nothing waits.
+
+def places(pieces: list["Part"]) -> Iterator[tuple["Part", slice]]:
+    """Each part with the place of its parameters in the batch."""
+    start = 0
+    for part in pieces:
+        yield part, slice(start, start + len(part))
+        if part.rows is None or part.rows.stop == part.blocks[0] * part.blocks[1]:
+            start += len(part)
+
+
+def finite_gradient(p: Tensor) -> Tensor:
+    """Whether the gradient is finite, on its device.
+
+    A sum is inf or nan if an entry is, and the cheapest reduction there is. It is so too if finite entries add up beyond
+    the dtype's range: such a gradient is skipped and counted as well.
+    """
+    assert p.grad is not None
+    return p.grad.sum(dtype=wide(p.dtype)).isfinite()
+
+
+def without_non_finite(batch: list[Member], state: Mapping[Tensor, dict[str, Tensor]]) -> list[Member]:
+    """The members a step moves, on a CPU, where looking at a flag makes nothing wait; the others are counted."""
+    flags = [bool(finite_gradient(p)) for _, p in batch]
+    for (_, p), finite in zip(batch, flags, strict=True):
+        state[p]["step" if finite else "skipped"].add_(1)
+    return [member for member, finite in zip(batch, flags, strict=True) if finite]
+
+
+class Part:
+    """Parameters of one shape as stacks (parameters, blocks, fan_out, fan_in), or rows of one as (1, 1, rows, fan_in).
+
+    On a CPU the gradients are known to be finite. Elsewhere what is written back is kept only where they were: a mask on
+    the device chooses, so nothing waits.
     """
 
-    def __init__(self, members: list[Member], state: Mapping[Tensor, dict[str, Tensor]], blocks: tuple[int, int, int]):
+    def __init__(
+        self,
+        members: list[Member],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        blocks: tuple[int, int, int],
+        rows: slice | None = None,
+    ):
         self.indices = [index for index, _ in members]
         self.params = [p for _, p in members]
         self.states = [state[p] for p in self.params]
         self.blocks = blocks
+        self.rows = rows
         self.dtype = wide(self.params[0].dtype)
-        # A sum is inf or nan if an entry is, and the cheapest reduction there is. It is so too if finite entries add
-        # up beyond the dtype's range: such a gradient is skipped and counted as well.
-        self.finite = [p.grad.sum(dtype=self.dtype).isfinite() for p in self.params if p.grad is not None]
+        self.finite = [None if p.device.type == "cpu" else finite_gradient(p) for p in self.params]
 
     def __len__(self) -> int:
         return len(self.params)
 
+    def _view(self, t: Tensor) -> Tensor:
+        return t.detach().reshape(self.blocks) if self.rows is None else _rows(t.detach(), self.rows)
+
+    def of(self, D: Tensor) -> Tensor:
+        """This part of a tensor that holds its matrices, (parameters, blocks, fan_out, fan_in)."""
+        return D if self.rows is None else _rows(D[0], self.rows).unsqueeze(0)
+
     def _stacked(self, tensors: list[Tensor]) -> Tensor:
-        matrices = [t.detach().reshape(self.blocks).to(self.dtype) for t in tensors]
+        matrices = [self._view(t).to(self.dtype) for t in tensors]
         return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
 
     def gradients(self, maximize: bool) -> Tensor:
@@ -89,15 +147,27 @@ class Part:
     def keep_state_(self, new: Mapping[str, Tensor]) -> None:
         for key, values in new.items():
             for s, value, finite in zip(self.states, values, self.finite, strict=True):
-                torch.where(finite, value.reshape(s[key].shape), s[key], out=s[key])
+                if finite is None:
+                    target = self._view(s[key])
+                    target.copy_(value.reshape(target.shape))
+                else:
+                    torch.where(finite, value.reshape(s[key].shape), s[key], out=s[key])
         for s, finite in zip(self.states, self.finite, strict=True):
-            s["step"].add_(finite)
-            s["skipped"].add_(~finite)
+            if finite is not None:
+                s["step"].add_(finite)
+                s["skipped"].add_(~finite)
 
     def keep_weights_(self, new: Tensor, rounding: str, seeds: list[int]) -> None:
         for p, W, finite, seed in zip(self.params, new, self.finite, seeds, strict=True):
+            if self.rows is not None:
+                _rows(p.detach(), self.rows).copy_(W)
+                continue
             W = W.reshape(p.shape)
-            if p.dtype == self.dtype:
-                torch.where(finite, W, p, out=p)
-            else:
-                store_(p, torch.where(finite, W, p.to(self.dtype)), rounding, seed)
+            if finite is not None:
+                W = torch.where(finite, W, p.to(self.dtype))
+            store_(p, W, rounding, seed)
+
+
+def _rows(t: Tensor, rows: slice) -> Tensor:
+    """Rows of all blocks of a contiguous parameter, (..., fan_in) -> (1, rows, fan_in), as a view."""
+    return t.view(-1, t.shape[-1])[rows].unsqueeze(0)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from schatten import checkpoint
 from schatten.adamw import STATE_KEYS, adamw_step_
-from schatten.batching import COUNTERS, Member, Part, batches, parts, wide
+from schatten.batching import (
+    COUNTERS,
+    MAX_BATCH_BYTES,
+    Member,
+    batches,
+    parts,
+    places,
+    wide,
+    without_non_finite,
+)
 from schatten.groups import (
     ALGORITHMS,
     SHARED_KEYS,
@@ -47,6 +56,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         adamw: defaults of AdamW groups, `betas` and `eps`.
         rules: overrides for a module's routes, see `schatten.plan`.
+        max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
+            at least. Less saves memory, more saves nothing from some 100 MiB on.
         hyperparameters: the numbers the rule's signal reads, such as `momentum=0.95`.
 
     State, made at construction: what the signal keeps (one tensor per matrix for `Momentum`) and two counters; half
@@ -77,6 +88,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         rounding: str = "stochastic",
         maximize: bool = False,
         adamw: Mapping[str, Any] | None = None,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
         **hyperparameters: Any,
     ) -> None:
         defaults = {
@@ -91,6 +103,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         }
         if rule is not None:
             defaults["rule"] = rule
+        if isinstance(max_batch_bytes, bool) or not isinstance(max_batch_bytes, int) or max_batch_bytes < 1:
+            raise ValueError(f"max_batch_bytes must be a positive number of bytes, got {max_batch_bytes!r}.")
+        self.max_batch_bytes = max_batch_bytes
         self.plan = None
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules)
@@ -109,7 +124,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.plan = Plan.of_groups(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "plan": self.plan}
+        return {**super().__getstate__(), "plan": self.plan, "max_batch_bytes": self.max_batch_bytes}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
@@ -194,7 +209,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                     adamw_step_(p, self.state[p], group, _seed(group, i))
             else:
                 rule = self.rule(group)
-                for batch in batches(stepped):
+                for batch in batches(stepped, self.max_batch_bytes):
                     self._spectral_step_(batch, rule, group)
         return loss
 
@@ -219,17 +234,28 @@ class SpectralOptimizer(torch.optim.Optimizer):
         """Step parameters of one shape: signal and retraction part by part, the map on all of them at once."""
         first = batch[0][1]
         matrices = blocks(_layout(first, group), first.shape)
-        stacks = [Part(members, self.state, matrices) for members in parts(batch)]
-        signals = []
-        for part in stacks:
-            S, new_state = rule.signal(part.gradients(group["maximize"]), part.state(), group)
+        if first.device.type == "cpu":
+            batch = without_non_finite(batch, self.state)
+            if not batch:
+                return
+        pieces = parts(batch, self.state, matrices, rule.signal.elementwise and rule.retraction.elementwise)
+        S = None
+        for part, at in places(pieces):
+            signal, new_state = rule.signal(part.gradients(group["maximize"]), part.state(), group)
             part.keep_state_(new_state)
-            signals.append(S)
-        directions = rule.map.grad(signals[0] if len(signals) == 1 else torch.cat(signals))
+            if len(pieces) == 1:
+                S = signal
+            else:
+                S = signal.new_empty(len(batch), *matrices) if S is None else S
+                part.of(S[at]).copy_(signal)
+        assert S is not None
+        D = rule.map.grad(S)
         lr = lr_of(group)
+        length = lr * rule.scale(D)
         decay = lr * group["weight_decay"]
-        for part, D in zip(stacks, directions.split([len(part) for part in stacks]), strict=True):
-            W = rule.retraction(part.weights(), D, lr * rule.scale(D), decay)
+        for part, at in places(pieces):
+            own = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
+            W = rule.retraction(part.weights(), part.of(D[at]), own, decay)
             part.keep_weights_(W, group["rounding"], [_seed(group, index) for index in part.indices])
 
     # -- what can be seen ----------------------------------------------------------------------------------------------

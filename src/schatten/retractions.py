@@ -5,14 +5,19 @@ shape factor.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 
 @runtime_checkable
 class Retraction(Protocol):
-    """A pure function of the weight, the direction, the step's length lr c and its decay lr lambda."""
+    """A pure function of the weight, the direction, the step's length lr c and its decay lr lambda.
+
+    `elementwise` says that it may be given any rows of a matrix.
+    """
+
+    elementwise: ClassVar[bool]
 
     def __call__(self, W: Tensor, D: Tensor, length: float | Tensor, decay: float | Tensor) -> Tensor: ...
 
@@ -35,6 +40,8 @@ class DecoupledDecay:
     """
 
     form: Literal["explicit", "implicit"] = "explicit"
+
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.form not in ("explicit", "implicit"):

@@ -1,7 +1,8 @@
 """Signals: what a rule makes of its gradients before the map sees them.
 
-A signal is a frozen dataclass. `hyperparameters` names the numbers it reads from the param group, `init(W)` makes the
-state of a matrix, and the call `(G, state, group) -> (S, new state)` is pure.
+A signal is a frozen dataclass. `hyperparameters` names the numbers it reads from the param group, `elementwise` says that
+it may be given any rows of a matrix, `init(W)` makes the state of a matrix, and the call `(G, state, group) -> (S, new
+state)` is pure.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ class Signal(Protocol):
     """`(G, state, group) -> (S, new state)` with G, S and every state tensor of one shape."""
 
     hyperparameters: ClassVar[tuple[str, ...]]
+    elementwise: ClassVar[bool]
 
     def init(self, W: Tensor) -> dict[str, Tensor]: ...
 
@@ -50,6 +52,7 @@ class Momentum:
     nesterov: bool = True
 
     hyperparameters: ClassVar[tuple[str, ...]] = ("momentum",)
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.form not in ("ema", "sum"):

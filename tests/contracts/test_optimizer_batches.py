@@ -12,15 +12,15 @@ SHAPES = [(6, 4), (6, 4), (3, 5), (6, 4), (3, 5), (7, 1)]
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    """Every matrix is a batch of its own."""
-    monkeypatch.setattr(batching, "MAX_BATCH_ENTRIES", 1)
+    """Every matrix is a batch of its own, and every row a part."""
+    monkeypatch.setattr(batching, "BYTES_PER_ENTRY", 1 << 40)
     monkeypatch.setattr(batching, "MAX_CPU_PART_ENTRIES", 1)
 
 
 @pytest.fixture
 def two_by_two(monkeypatch):
     """Two matrices to a part, three to a batch, so that both cuts fall inside a shape."""
-    monkeypatch.setattr(batching, "MAX_BATCH_ENTRIES", 3 * 24)
+    monkeypatch.setattr(batching, "BYTES_PER_ENTRY", batching.MAX_BATCH_BYTES // (3 * 24))
     monkeypatch.setattr(batching, "MAX_CPU_PART_ENTRIES", 2 * 24)
 
 

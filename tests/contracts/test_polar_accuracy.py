@@ -86,9 +86,9 @@ def test_newton_schulz_keeps_its_published_band_in_fp32(name):
 # measured maxima, as sums of another order round differently. Below sigma = 1e-3 nothing is promised: the cast alone is
 # noise of 0.2 % (bf16) of the norm, which the gain of 1e3 lifts to 0.4 of a unit.
 HALF = {
-    (torch.bfloat16, 1e-2): (0.006, 0.12),
+    (torch.bfloat16, 1e-2): (0.026, 0.12),
     (torch.bfloat16, 1e-3): (0.15, 0.30),
-    (torch.float16, 1e-2): (0.0012, 0.013),
+    (torch.float16, 1e-2): (0.0012, 0.04),
     (torch.float16, 1e-3): (0.0024, 0.042),
 }
 

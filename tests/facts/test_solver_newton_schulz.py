@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from schatten.solvers import newton_schulz
-from schatten.solvers.newton_schulz import KELLER
+from schatten.solvers.schedules import SCHEDULES
+
+(KELLER,) = SCHEDULES["keller"].quintics
 
 
 def outputs(sigma: torch.Tensor, steps: int = 5) -> torch.Tensor:

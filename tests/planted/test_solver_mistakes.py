@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from schatten.solvers import polynomial, svd
-from schatten.solvers.core import on_wide_batch, quintic_steps
+from schatten.solvers.core import on_wide_batch
+from schatten.solvers.iteration import product_form
 from schatten.solvers.minimax import composition
 from tests.contracts import solver_laws as laws
 
@@ -29,7 +30,7 @@ def iterate(X, schedule=SCHEDULE, *, eps=0.0, work=torch.float32, norm_in=torch.
         dims = (0, 1, 2) if whole_batch else (1, 2)
         norm = torch.linalg.vector_norm(Y, dim=dims, keepdim=True) + eps
         Y.div_(torch.where(norm == 0, 1, norm))
-        return quintic_steps(Y.to(work), schedule)
+        return product_form(Y.to(work), schedule)
 
     return on_wide_batch(X, run)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from schatten.batching import MAX_BATCH_BYTES
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import DecoupledDecay
@@ -40,6 +41,7 @@ class Muon(SpectralOptimizer):
         maximize: ascend.
         betas, eps: of the AdamW groups.
         rules: overrides for a module's routes, see `schatten.plan`.
+        max_batch_bytes: what a step may allocate at a time, default 128 MiB.
 
     State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters. Differences from
     torch.optim.Muon: gradients beyond fp32's square range are handled, a non-finite gradient is skipped and counted,
@@ -75,6 +77,7 @@ class Muon(SpectralOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         rules: Sequence[tuple[Any, ...]] = (),
+        max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         super().__init__(
             params,
@@ -90,6 +93,7 @@ class Muon(SpectralOptimizer):
             maximize=maximize,
             adamw={"betas": betas, "eps": eps},
             rules=rules,
+            max_batch_bytes=max_batch_bytes,
         )
 
     def rule(self, group: Mapping[str, Any]) -> Rule:

@@ -4,16 +4,29 @@ Each is built by a function of its own file and is a frozen dataclass of plain v
 
 - `svd()`: exact, by a double-precision SVD; the oracle.
 - `polynomial(tol=...)`: the polar factor by a minimax composition of odd quintics; the default.
-- `newton_schulz()`: the polar factor by Keller Jordan's five steps, as `torch.optim.Muon` runs them.
+- `gram()`: the same in its Gram form, for rectangular matrices.
+- `newton_schulz()`: the polar factor by published quintics: Keller Jordan's, as `torch.optim.Muon` runs them, and others.
 - `tower()`: any smooth spectral function by seven quintics; `fit` finds its weights.
 - `krylov()`: functions of the leading singular values.
 """
 
 from schatten.solvers.core import FunctionSolver, Solver, SpectralFunction
+from schatten.solvers.gram import gram
 from schatten.solvers.krylov import krylov
 from schatten.solvers.newton_schulz import newton_schulz
 from schatten.solvers.polynomial import polynomial
 from schatten.solvers.svd import svd
 from schatten.solvers.tower import fit, tower
 
-__all__ = ["FunctionSolver", "Solver", "SpectralFunction", "fit", "krylov", "newton_schulz", "polynomial", "svd", "tower"]
+__all__ = [
+    "FunctionSolver",
+    "Solver",
+    "SpectralFunction",
+    "fit",
+    "gram",
+    "krylov",
+    "newton_schulz",
+    "polynomial",
+    "svd",
+    "tower",
+]

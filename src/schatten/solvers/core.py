@@ -1,19 +1,15 @@
-"""What the solvers share: the protocol, the safe normalisation, the working precision and the quintic iteration.
+"""What the solvers share: the protocols, the safe normalisation and the working precision.
 
-The norm is taken in fp32 (fp64 for fp64 input) after division by the largest entry, so neither its square overflows nor
-a small matrix vanishes: the result does not depend on the input's scale. A zero matrix stays zero; a non-finite matrix
+Squares are summed in fp64, where those of every fp32 number fit, so neither a large matrix overflows nor a small one
+vanishes: the result does not depend on the input's scale. A zero matrix stays zero; a non-finite matrix
 comes out non-finite and spreads to no other matrix of its batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-
-from schatten import kernels
-
-Quintic = tuple[float, float, float]
 
 DTYPES = {
     "float64": torch.float64,
@@ -129,38 +125,36 @@ def check_steps(steps: int) -> None:
 def frobenius(X: Tensor) -> Tensor:
     """||X||_F per matrix, (b, m, n) -> (b, 1, 1) in fp32 (fp64 for fp64 input); 1 for a zero matrix.
 
-    Squares are summed in fp64, where those of any fp32 number fit; fp64 input is divided by its largest entry first.
+    Squares of fp32 numbers fit into fp64. A CPU would convert the whole matrix for that sum, so it sums in fp32 and looks
+    (there nothing waits) whether a norm is near the end of fp32's range.
     """
-    if X.dtype != torch.float64:
+    if X.device.type == "cpu":
+        wide = X.to(torch.promote_types(X.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+        if bool(((norm > 1e-15) & (norm < 1e15)).all()):
+            return norm
+        # By a power of two, which rounds nothing: the norm has the bits it would have in the middle of the range.
+        exponent = torch.frexp(wide.abs().amax(dim=(-2, -1), keepdim=True)).exponent
+        norm = torch.ldexp(torch.linalg.vector_norm(torch.ldexp(wide, -exponent), dim=(-2, -1), keepdim=True), exponent)
+    else:
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        return torch.where(norm == 0, 1, norm).float()
-    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
-    largest = torch.where(largest == 0, 1, largest)
-    norm = largest * torch.linalg.vector_norm(X / largest, dim=(-2, -1), keepdim=True)
+        norm = norm.to(torch.promote_types(X.dtype, torch.float32))
     return torch.where(norm == 0, 1, norm)
 
 
 def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / divisor per matrix, divided in fp32 (fp64 for fp64 input) and rounded once, contiguous."""
+    """X / divisor per matrix, divided in fp32 (fp64 for fp64 input) and rounded once, in X's memory layout."""
     if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:
-        Y = torch.empty(X.shape, dtype=dtype, device=X.device)  # contiguous: products of transposed views are slower
+        Y = torch.empty_like(X, dtype=dtype)
         for x, d, y in zip(X, divisor, Y, strict=True):
             y.copy_(x.to(d.dtype) / d)
         return Y
-    return (X.to(divisor.dtype) / divisor).to(dtype).contiguous()
+    return (X.to(divisor.dtype) / divisor).to(dtype)
 
 
 def normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
     """`X / ||X||_F` per matrix (b, m, n) in `dtype`; zero stays zero."""
     return quotient(X, frobenius(X), dtype)
-
-
-def quintic_steps(X: Tensor, steps: Sequence[Quintic]) -> Tensor:
-    """Apply X <- a X + b (XX^T) X + c (XX^T)^2 X for each (a, b, c); X is (b, m, n) with m <= n."""
-    for a, b, c in steps:
-        A = kernels.gram(X)
-        X = kernels.affine(kernels.sym(A, A, A, b, c), X, a)
-    return X
 
 
 def on_wide_batch(X: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:

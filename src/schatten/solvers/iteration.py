@@ -17,12 +17,12 @@ from schatten import kernels
 Quintic = tuple[float, float, float]
 Weight = float | Tensor
 
-# Unit roundoffs, with which `restarts_for` perturbs A.
-UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-
-# How much larger than the product form's the simulated error of a Gram form may be.
-TOLERATED = 2.0
+# How much larger than the product form's the Gram form's rounding error may be, on each trial matrix.
+TOLERATED = 3.0
 MAX_RESTARTS = 3
+
+# Trial matrices: small, as rounding of one product hardly depends on its size, and as hard as gradients are.
+TRIAL = (24, 96)
 
 
 def iterate(X: Tensor, quintics: Sequence[Quintic], weights: Sequence[Weight] | None = None, A: Tensor | None = None) -> Tensor:
@@ -54,10 +54,19 @@ def product_form(
 ) -> Tensor:
     """`iterate` by products with X in every step."""
     total = None if weights is None else scaled(X, weights[0])
+    # Buffers, unless autograd needs every iterate: the sum of a step's products, and two X taking turns.
+    reused = not (torch.is_grad_enabled() and X.requires_grad)
+    given = A is not None
+    B: Tensor | None = None
+    spare: list[Tensor] = []
     for k, (a, b, c) in enumerate(quintics):
         if k > 0 or A is None:
-            A = kernels.gram(X)
-        X = kernels.affine(kernels.sym(A, A, A, b, c), X, a)
+            A = kernels.gram(X, out=A if reused and not (given and k == 1) else None)
+        B = kernels.sym(A, A, A, b, c, out=B if reused else None)
+        new = kernels.affine(B, X, a, out=spare.pop() if spare else None)
+        if reused and k > 0:  # the first X is the caller's
+            spare.append(X)
+        X = new
         if total is not None and weights is not None:
             add_(total, X, weights[k + 1])
     return X if total is None else total
@@ -72,32 +81,55 @@ def gram_form(
 ) -> Tensor:
     """`iterate` on R = X X^T; X and R are formed anew before each step in `restarts`.
 
-    With X_k = Q X for the X of the segment: Z = b R + c R^2, Q <- a Q + Q Z, R <- (a I + Z)^2 R.
+    With X_k = Q X for the X of the segment: Z = b R + c R^2, Q <- Q (a I + Z), R <- (a I + Z)^2 R.
     """
     R = kernels.gram(X) if A is None else A
-    Q = total = summed = None
-    if weights is not None:
-        summed = identity(R, weights[0])
+    Q = None
+    sums = None if weights is None else _Sums(X, weights[0])
     for k, (a, b, c) in enumerate(quintics):
         if k in restarts and Q is not None:
-            if summed is not None:
-                part = kernels.affine(summed.to(X.dtype), X, 0.0)
-                total = wide(part) if total is None else total.add_(part)
-                summed = torch.zeros_like(summed)
+            if sums is not None:
+                sums.close(X)
             X = kernels.affine(Q, X, 0.0)
             R, Q = kernels.gram(X), None
         Z = kernels.sym(R, R, R, b, c)
         Q = plus_identity(Z, a) if Q is None else kernels.sym(Q, Z, Q, a, 1.0)
-        if summed is not None and weights is not None:
-            add_(summed, Q, weights[k + 1])
+        if sums is not None and weights is not None:
+            sums.add(Q, weights[k + 1])
         if k + 1 < len(quintics) and k + 1 not in restarts:
             P = kernels.sym(R, Z, R, a, 1.0)
             R = kernels.sym(Z, P, P, a, 1.0)
     assert Q is not None
-    if summed is None:
+    if sums is None:
         return kernels.affine(Q, X, 0.0)
-    part = kernels.affine(summed.to(X.dtype), X, 0.0)
-    return wide(part) if total is None else total.add_(part)
+    sums.close(X)
+    return sums.total
+
+
+class _Sums:
+    """w_0 X_0 + sum of w_k Q_k X over segments with their own X; the small matrices are added up before X is multiplied."""
+
+    def __init__(self, X: Tensor, weight: Weight) -> None:
+        self.total = scaled(X, weight)
+        self.matrix: Tensor | None = None
+
+    def add(self, Q: Tensor, weight: Weight) -> None:
+        if self.matrix is None:
+            self.matrix = scaled(Q, weight)
+        else:
+            add_(self.matrix, Q, weight)
+
+    def close(self, X: Tensor) -> None:
+        assert self.matrix is not None
+        self.total += kernels.affine(self.matrix.to(X.dtype), X, 0.0)
+        self.matrix = None
+
+
+def plus_identity(Z: Tensor, a: float) -> Tensor:
+    """a I + Z."""
+    Q = Z.clone()
+    Q.diagonal(dim1=-2, dim2=-1).add_(a)
+    return Q
 
 
 def wide(X: Tensor) -> Tensor:
@@ -118,56 +150,46 @@ def add_(total: Tensor, X: Tensor, weight: Weight) -> None:
         total.add_(X, alpha=weight)
 
 
-def identity(R: Tensor, weight: Weight) -> Tensor:
-    """weight I like R, in fp32 or fp64."""
-    eye = torch.eye(R.shape[-1], dtype=torch.float64 if R.dtype == torch.float64 else torch.float32, device=R.device)
-    return (eye * weight).expand(R.shape).contiguous()
-
-
-def plus_identity(Z: Tensor, a: float) -> Tensor:
-    """a I + Z."""
-    Q = Z.clone()
-    Q.diagonal(dim1=-2, dim2=-1).add_(a)
-    return Q
-
-
 @lru_cache(maxsize=256)
 def restarts_for(quintics: tuple[Quintic, ...], dtype: torch.dtype, summed: bool = False) -> tuple[int, ...]:
-    """The fewest restarts that keep the Gram form's rounding error near the product form's, and of those the best.
+    """The fewest restarts with which the Gram form's rounding error stays near the product form's, and of those the best.
 
-    Simulated on numbers: X X^T is off by +-u of its norm wherever it is formed, u the unit roundoff of `dtype`, and each
-    x is followed through both forms. Without restarts -u grows by the square of every slope until the polynomial leaves
-    its range; a restart resets it to u.
+    Rounding of X X^T is not relative to its small eigenvalues, and grows by the square of every slope until the polynomial
+    leaves its range; a restart forms it anew. Both forms are run in `dtype` on trial matrices with log-uniform, power-law and
+    flat spectra, and compared with fp64.
     """
-    x = torch.logspace(0, -6, 61, dtype=torch.float64)
-    x = torch.cat([x, x.new_zeros(1)])
-    unit = UNIT[dtype]
-    allowed = TOLERATED * max(_simulated(x, quintics, range(1, len(quintics)), unit, summed), unit)
+    if dtype == torch.float64:  # the reference itself; fp32's restarts leave it as far from any limit
+        return restarts_for(quintics, torch.float32, summed)
+    X = _trials()
+    # The mean of the iterates stands for any weighted sum.
+    weights = [1 / (len(quintics) + 1)] * (len(quintics) + 1) if summed else None
+    exact = product_form(X, quintics, weights)
+
+    def errors(Y: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(Y.double() - exact).nan_to_num(torch.inf)
+
+    allowed = TOLERATED * errors(product_form(X.to(dtype), quintics, weights))
     best: tuple[float, tuple[int, ...]] = (float("inf"), ())
     for count in range(min(MAX_RESTARTS, len(quintics) - 1) + 1):
         for restarts in combinations(range(1, len(quintics)), count):
-            error = _simulated(x, quintics, restarts, unit, summed)
-            if error < best[0]:
-                best = (error, restarts)
-        if best[0] <= allowed:
+            worst = float((errors(gram_form(X.to(dtype), quintics, restarts, weights)) / allowed).max())
+            if worst < best[0]:
+                best = (worst, restarts)
+        if best[0] <= 1:
             break
-    return best[1]
+    # Nothing is near enough: a restart before every step, which is the product form at its price.
+    return best[1] if best[0] <= 1 else tuple(range(1, len(quintics)))
 
 
-def _simulated(x: Tensor, quintics: Sequence[Quintic], restarts: Sequence[int], unit: float, summed: bool) -> float:
-    """The largest change of an iterate, of the last one unless all are summed, when X X^T is off by +-unit."""
-    worst = 0.0
-    for sign in (1.0, -1.0):
-        exact, x_k, q = x, x, torch.ones_like(x)
-        r = x * x + sign * unit
-        for k, (a, b, c) in enumerate(quintics):
-            if k in restarts:
-                x_k, q = q * x_k, torch.ones_like(x)
-                r = x_k * x_k + sign * unit * float(x_k.abs().max()) ** 2
-            factor = a + r * (b + r * c)
-            q, r = q * factor, r * factor * factor
-            exact = exact * (a + exact**2 * (b + exact**2 * c))
-            error = float((q * x_k - exact).abs().nan_to_num(torch.inf).max())
-            if summed or k + 1 == len(quintics):
-                worst = max(worst, error)
-    return worst
+def _trials() -> Tensor:
+    """Fixed matrices (b, m, n) in fp64 with spectral norm 1/2, as a Frobenius norm of 1 leaves it: five spectra, two bases."""
+    m, n = TRIAL
+    index = torch.arange(1, m + 1, dtype=torch.float64)
+    falling = [torch.logspace(0, end, m, dtype=torch.float64) for end in (-2, -3)]
+    spectra = torch.stack([*falling, 1 / index, index**-2, 1.2 - index / m])
+    matrices = []
+    for shift in (0.0, 0.5):
+        k = torch.arange(1, n * n + 1, dtype=torch.float64).reshape(n, n) + shift
+        U, V = torch.linalg.qr(torch.sin(k * k)[:m, :m]).Q, torch.linalg.qr(torch.cos(k * k)).Q[:, :m]
+        matrices.append(0.5 * (U * spectra.unsqueeze(-2)) @ V.mT)
+    return torch.cat(matrices)

@@ -81,10 +81,3 @@ SCHEDULES = {
         1.011,
     ),
 }
-
-
-def schedule(name: str) -> Schedule:
-    """The schedule of that name."""
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {name!r}.")
-    return SCHEDULES[name]

@@ -1,0 +1,45 @@
+"""The polar factor in the Gram form: all steps on m x m matrices, for rectangular ones."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from schatten.solvers.composed import LOWER, Composition, checked
+from schatten.solvers.core import check_matrices, normalised, on_wide_batch, working_dtype
+from schatten.solvers.iteration import gram_form, product_form, restarts_for
+
+
+@dataclass(frozen=True, repr=False)
+class _Gram(Composition):
+    def __call__(self, X: Tensor) -> Tensor:
+        check_matrices(X, "X")
+        work = working_dtype(X, self.dtype)
+        return on_wide_batch(X, lambda Y: self._iterated(normalised(Y, work)))
+
+    def _iterated(self, X: Tensor) -> Tensor:
+        if X.shape[-2] == X.shape[-1]:
+            return product_form(X, self.quintics)
+        return gram_form(X, self.quintics, restarts_for(self.quintics, X.dtype))
+
+
+def gram(
+    *, tol: float | None = None, steps: int | None = None, lower: float = LOWER, dtype: torch.dtype | str = "auto"
+) -> _Gram:
+    """The composition of `polynomial` on X X^T (m x m), multiplied with X at the end; square matrices take the product form.
+
+    For n = 4 m it takes two thirds of the multiplications. Rounding of X X^T grows by the square of the iteration's gain:
+    without restarts, half precision diverges on ill-conditioned matrices. X X^T is formed anew where a simulation of that
+    rounding asks for it (`schatten.solvers.iteration.restarts_for`). fp32 and fp64 keep the bands of `polynomial`; bf16 and
+    fp16 widen them by up to 0.03 and 0.001 for singular values above 1e-2 of the norm.
+
+    Options and errors as `polynomial`, which chooses this form by itself where it is cheaper.
+
+    Example:
+        >>> import torch, schatten
+        >>> X = torch.randn(4, 16)
+        >>> O = schatten.solvers.gram(tol=1e-3, dtype="float32")(X)
+        >>> bool((O @ O.mT - torch.eye(4)).abs().max() < 2e-3)
+        True
+    """
+    return _Gram(*checked(tol, steps, lower, dtype))
