@@ -8,6 +8,7 @@ print(opt.plan)
 from importlib.metadata import version
 
 from schatten import maps, presets, retractions, scales, signals, solvers
+from schatten.functions import apply_map, spectral_power
 from schatten.optimizer import SpectralOptimizer
 from schatten.polar import polar
 from schatten.presets import Muon
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "Rule",
     "SpectralOptimizer",
+    "apply_map",
     "maps",
     "plan",
     "polar",
@@ -29,4 +31,5 @@ __all__ = [
     "scales",
     "signals",
     "solvers",
+    "spectral_power",
 ]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from schatten.maps.lifts import norm_name
 from schatten.maps.potential import Potential, Threshold, bisected, largest, number
-from schatten.maps.power import Power
 from schatten.solvers import FunctionSolver, svd, tower
+from schatten.solvers.power_function import PowerFunction
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Schatten(Potential):
         wide = S if S.dtype in (torch.float32, torch.float64) else S.float()
         top = wide.abs().amax((-2, -1), keepdim=True)
         X = wide / torch.where((top == 0) | ~top.isfinite(), 1, top)
-        P = self.solver.apply(X, Power(self.p - 1, solver=self.solver))
+        P = self.solver.apply(X, PowerFunction(self.p - 1))
         sum_ = (X * P).sum((-2, -1), keepdim=True)
         return torch.where(sum_ == 0, 0, P / torch.where(sum_ == 0, 1, sum_).pow(1 - 1 / self.p)).to(S.dtype)
 

@@ -31,6 +31,7 @@ from schatten.solvers.core import (
 )
 from schatten.solvers.fit import Fit, Quintic, fit_many, grid, scalar_iterates, weights_for
 from schatten.solvers.iteration import iterate
+from schatten.solvers.power_function import PowerFunction
 from schatten.solvers.spectral_norm import SAFETY, spectral_norm_from_gram
 
 # Fitted together by `scripts/fit_tower.py --steps 7 --seed 2`: the worst of 19 powers, pseudo-Huber functions, hyperbolic
@@ -179,26 +180,11 @@ def constant(f: SpectralFunction) -> Fit:
 
 
 @dataclass(frozen=True)
-class _Polar:
-    """h = 1: the polar factor as a spectral function."""
-
-    degree = a = 0.0
-    rank = relative = family = None
-    vanishes = False
-
-    def h(self, s: Tensor, a: Tensor | float) -> Tensor:
-        return torch.ones_like(s)
-
-    def threshold(self, S: Tensor) -> float:
-        return 0.0
-
-
-@dataclass(frozen=True)
 class _Tower:
     dtype: str
 
     def __call__(self, X: Tensor) -> Tensor:
-        return self.apply(X, _Polar())
+        return self.apply(X, PowerFunction(0.0))
 
     def check(self, f: SpectralFunction) -> None:
         """Refuse a function without a good polynomial, and one whose weights the precision cannot hold."""
