@@ -3,10 +3,13 @@
 Not a test file: `contracts`, `facts` and `planted` import it.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from schatten.lab.models import GPT, GPTConfig
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -38,12 +41,40 @@ ZOO: dict[str, Tensor] = {
     "rank one": gaussian(48, 1) @ gaussian(1, 80, seed=1),
     "low rank plus noise": gaussian(64, 4) @ gaussian(4, 96, seed=1) + 1e-3 * gaussian(64, 96, seed=2),
     "repeated singular values": _repeated(),
+    "log-uniform 1 to 1e-6": with_spectrum(64, 80, torch.logspace(0, -6, 64)),
+    "power law 1/k^2": with_spectrum(60, 90, 1 / torch.arange(1, 61).double() ** 2, seed=5),
+    "near zero": gaussian(30, 40, seed=6) * 1e-30,
+    "huge": gaussian(40, 30, seed=7) * 1e30,
+    "tiny entries": gaussian(30, 30, seed=8) * 1e-12,
     "power law 1/k": with_spectrum(96, 80, 1 / torch.arange(1, 81)),
     "one row": gaussian(1, 50),
     "one column": gaussian(50, 1),
     "1 x 1": gaussian(1, 1),
     "all ones 96 x 130": torch.ones(96, 130, dtype=torch.float64),
 }
+
+
+@lru_cache(maxsize=1)
+def gpt_gradients() -> dict[str, Tensor]:
+    """Gradients of the demo's GPT at random weights: one attention matrix and both of a network, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocabulary=64, layers=2, width=48))
+    ids = torch.randint(0, 64, (8, 65), generator=generator)
+    # Words that repeat, as text has them: a random sequence has a gradient of noise only.
+    ids = ids.sort(dim=-1).values
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    named = dict(model.named_parameters())
+    chosen = ("query", "output", "up", "down")
+    return {
+        f"GPT gradient {name}": p.grad.double()
+        for name, p in named.items()
+        if p.grad is not None and "blocks.1" in name and any(f"{part}.weight" in name for part in chosen)
+    }
+
+
+ZOO |= gpt_gradients()
 
 
 class Reading(NamedTuple):

@@ -25,7 +25,7 @@ MIXING = 5e-4
 @pytest.mark.parametrize(("tol", "options"), [(0.16, {}), (1e-2, {"tol": 1e-2}), (1e-3, {"tol": 1e-3})], ids=BANDS)
 @pytest.mark.parametrize("name", ZOO)
 def test_polar_keeps_its_band_in_fp32(name, tol, options, scale):
-    G = (ZOO[name] * scale).float()
+    G = (ZOO[name] / ZOO[name].abs().max() * scale).float()
     reading = read(G, polar(G, **options))
     above = reading.above(LOWER)
     assert (above.gain - 1).abs().max() <= tol

@@ -17,7 +17,7 @@ class Clip(Thresholded):
     The direction is the projection of S on the spectral ball of radius a. K*(X) = ||X||_F^2 / 2 if the spectral norm of X
     is at most a, infinity otherwise. Decoupled decay lambda makes a rule solve
     min F(W) + (lambda/2) ||W||_F^2 subject to ||W||_op <= a/lambda. `a` and `relative` as in `Thresholded`. The kink at a
-    costs the tower 7 % (relative to the direction, near s = a); `solver=svd()` is exact.
+    costs the tower 10 % (relative to the direction, near s = a); `solver=svd()` is exact.
 
     Example:
         >>> import torch, schatten

@@ -16,7 +16,7 @@ class Huber(Thresholded):
 
     K*(X) = (a/2) ||X||_F^2 if the spectral norm of X is at most 1, infinity otherwise. Decoupled decay lambda makes a rule
     solve min F(W) + (a lambda / 2) ||W||_F^2 subject to ||W||_op <= 1/lambda. `a` and `relative` as in `Thresholded`.
-    The kink at a costs the tower 7 % (relative to the direction, near s = a); `solver=svd()` is exact.
+    The kink at a costs the tower 10 % (relative to the direction, near s = a); `solver=svd()` is exact.
 
     Example:
         >>> import torch, schatten

@@ -15,8 +15,8 @@ class SoftThreshold(Thresholded):
 
     K*(X) = ||X||_F^2 / 2 + a ||X||_nuc. Decoupled decay lambda makes a rule solve
     min F(W) + (lambda/2) ||W||_F^2 + a ||W||_nuc: weights of low rank. `a` and `relative` as in `Thresholded`.
-    The tower is off by 0.4 % of the largest singular value everywhere, so directions below a are small but not 0;
-    `solver=svd()` is exact.
+    The tower is off by up to 1 % of the largest singular value for a below 0.1 of it and up to 7 % beyond, so directions
+    below a are small but not 0; `solver=svd()` is exact.
 
     Example:
         >>> import torch, schatten

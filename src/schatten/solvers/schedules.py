@@ -61,7 +61,7 @@ SCHEDULES = {
         "Amsel, Persson, Musco, Gower: The Polar Express, arXiv 2505.16932, with its code's safety factor 1.01",
         1e-3,
         (0.999, 1.001),
-        1.011,
+        1.01,
     ),
     # CANS, l = 1e-3, safety factor 1.01 for the same reason.
     "cans": Schedule(
@@ -78,6 +78,6 @@ SCHEDULES = {
         "Grishina, Smirnov, Rakhuba: Accelerating Newton-Schulz by Chebyshev-type polynomials, arXiv 2506.10935",
         1e-3,
         (0.850, 1.121),
-        1.011,
+        1.01,
     ),
 }
