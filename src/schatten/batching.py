@@ -5,6 +5,7 @@ made of parts: the signal and the retraction see a part, the map sees the batch.
 large matrix is cut into parts by rows.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,13 +15,12 @@ from torch import Tensor
 from schatten.rounding import store_
 
 # What a step may allocate beside state and gradients, by default: matrices are multiplied in batches that keep to it.
-# Enough to fill the cores or the GPU; more than the largest same-shape batch of GPT-2 small, 108 MiB in fp32, would gain
-# nothing.
-MAX_BATCH_BYTES = 128 << 20
+# Enough to fill the cores or the GPU, and below one and a half times the largest same-shape batch of GPT-2 small, 108 MiB.
+MAX_BATCH_BYTES = 160 << 20
 
-# Allocated per entry of a batch while its direction is computed, at most: in fp32 the signal, the iterate, its successor,
-# two products of its smaller side (all counted as square) and the direction. `tests/facts/test_step_memory.py`.
-BYTES_PER_ENTRY = 24
+# Allocated per entry of a batch while its direction is computed, at most: for a tower in fp32 the signal, the sum, three
+# iterates and three products of them. Half of it where products are bf16. `tests/facts/test_step_memory.py` measures it.
+BYTES_PER_ENTRY = 32
 
 # Entries of a part on a CPU (2 MiB in fp32), so that an operation finds in the cache what the one before it wrote. On
 # other devices a part is the whole batch, which saves launches.
@@ -68,6 +68,21 @@ def parts(
     rows, height = blocks[0] * blocks[1], max(1, MAX_CPU_PART_ENTRIES // blocks[2])
     slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
     return [Part([member], state, blocks, rows) for member in batch for rows in slices]
+
+
+class Room:
+    """Memory for the signals of one batch after another: fresh pages cost a CPU as much as the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self.flat: Tensor | None = None
+
+    def like(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor of `t`'s dtype and device; the one before it is overwritten."""
+        size = math.prod(shape)
+        flat = self.flat
+        if flat is None or flat.numel() < size or flat.dtype != t.dtype or flat.device != t.device:
+            self.flat = flat = t.new_empty(size)
+        return flat[:size].view(shape)
 
 
 def places(pieces: list["Part"]) -> Iterator[tuple["Part", slice]]:

@@ -16,6 +16,7 @@ from schatten.batching import (
     COUNTERS,
     MAX_BATCH_BYTES,
     Member,
+    Room,
     batches,
     parts,
     places,
@@ -199,6 +200,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_unusable_gradients()
         index = 0
+        room = Room()
         for group in self.param_groups:
             group["step"] += 1
             stepped = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -210,7 +212,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             else:
                 rule = self.rule(group)
                 for batch in batches(stepped, self.max_batch_bytes):
-                    self._spectral_step_(batch, rule, group)
+                    self._spectral_step_(batch, rule, group, room)
         return loss
 
     def _refuse_unusable_gradients(self) -> None:
@@ -230,7 +232,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 for key, value in state.items():
                     state[key] = value.to(p.device)
 
-    def _spectral_step_(self, batch: list[Member], rule: Rule, group: Mapping[str, Any]) -> None:
+    def _spectral_step_(self, batch: list[Member], rule: Rule, group: Mapping[str, Any], room: Room) -> None:
         """Step parameters of one shape: signal and retraction part by part, the map on all of them at once."""
         first = batch[0][1]
         matrices = blocks(_layout(first, group), first.shape)
@@ -246,7 +248,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             if len(pieces) == 1:
                 S = signal
             else:
-                S = signal.new_empty(len(batch), *matrices) if S is None else S
+                S = room.like(signal, (len(batch), *matrices)) if S is None else S
                 part.of(S[at]).copy_(signal)
         assert S is not None
         D = rule.map.grad(S)

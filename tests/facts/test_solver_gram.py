@@ -5,7 +5,7 @@ import torch
 
 from schatten.solvers import gram, polynomial
 from schatten.solvers.core import normalised
-from schatten.solvers.iteration import gram_cost, gram_form, iterate, product_cost, product_form, restarts_for
+from schatten.solvers.iteration import cheaper_form, gram_cost, gram_form, product_cost, product_form, restarts_for
 from tests.contracts.matrices import ZOO, gaussian, read, spectral_norm, with_spectrum
 
 QUINTICS = polynomial().quintics
@@ -23,9 +23,10 @@ def test_it_equals_the_product_form_to_1e_12_in_fp64(name, options):
 @pytest.mark.parametrize("weights", [[0.1] * 6, [torch.full((2, 1, 1), 0.1)] * 6], ids=["numbers", "tensors"])
 def test_sums_of_iterates_agree_too(weights):
     X = normalised(gaussian(2, 12, 40), torch.float64)
-    sums = [form(X, QUINTICS, *rest, weights) for form, rest in ((product_form, ()), (gram_form, ((2,),)), (gram_form, ((),)))]
-    assert all((s - sums[0]).abs().max() < 1e-12 for s in sums)
-    assert torch.equal(iterate(X, QUINTICS, weights), gram_form(X, QUINTICS, restarts_for(QUINTICS, X.dtype, True), weights))
+    product = product_form(X, QUINTICS, weights)
+    for restarts in ((), (2,), (1, 3)):
+        assert (gram_form(X, QUINTICS, weights, restarts=restarts) - product).abs().max() < 1e-12
+    assert (cheaper_form(12, 40, QUINTICS, X.dtype, True)(X, QUINTICS, weights) - product).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -49,8 +50,8 @@ def test_half_precision_widens_its_band_by_what_is_documented(name, dtype, widen
 
 def test_without_restarts_half_precision_diverges():
     X = normalised(with_spectrum(64, 256, torch.logspace(0, -3, 64))[None].float(), torch.bfloat16)
-    assert gram_form(X, QUINTICS, ()).double().abs().max() > 1e2
-    assert gram_form(X, QUINTICS, restarts_for(QUINTICS, torch.bfloat16)).double().abs().max() < 1.3
+    assert gram_form(X, QUINTICS, restarts=()).double().abs().max() > 1e2
+    assert gram_form(X, QUINTICS, restarts=restarts_for(QUINTICS, torch.bfloat16)).double().abs().max() < 1.3
 
 
 def test_it_is_taken_where_it_multiplies_less():
@@ -61,5 +62,8 @@ def test_it_is_taken_where_it_multiplies_less():
 
 def test_a_tall_matrix_keeps_its_layout():
     tall = normalised(gaussian(2, 60, 20).float(), torch.float32)
-    assert iterate(tall.mT, QUINTICS).mT.is_contiguous()
-    assert torch.allclose(iterate(tall.mT, QUINTICS), iterate(tall.mT.contiguous(), QUINTICS), atol=1e-5)
+    form = cheaper_form(20, 60, QUINTICS, torch.float32)
+    assert form is not product_form and cheaper_form(20, 20, QUINTICS, torch.float32) is product_form
+    for f in (form, product_form):
+        assert f(tall.mT, QUINTICS).mT.is_contiguous()
+        assert torch.allclose(f(tall.mT, QUINTICS), f(tall.mT.contiguous(), QUINTICS), atol=1e-5)

@@ -41,7 +41,7 @@ class Muon(SpectralOptimizer):
         maximize: ascend.
         betas, eps: of the AdamW groups.
         rules: overrides for a module's routes, see `schatten.plan`.
-        max_batch_bytes: what a step may allocate at a time, default 128 MiB.
+        max_batch_bytes: what a step may allocate at a time, default 160 MiB.
 
     State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters. Differences from
     torch.optim.Muon: gradients beyond fp32's square range are handled, a non-finite gradient is skipped and counted,

@@ -5,8 +5,8 @@ m x m matrices that are polynomials of one A, and X is multiplied at the end, wh
 Rounding of A grows with the square of the iteration's gain there, so X and A are formed anew at `restarts`.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import combinations
 
 import torch
@@ -25,17 +25,19 @@ MAX_RESTARTS = 3
 TRIAL = (24, 96)
 
 
-def iterate(X: Tensor, quintics: Sequence[Quintic], weights: Sequence[Weight] | None = None, A: Tensor | None = None) -> Tensor:
-    """The last iterate, or with weights w_0..w_n the sum of w_k X_k, in the cheaper form.
+def cheaper_form(
+    m: int, n: int, quintics: Sequence[Quintic], dtype: torch.dtype, summed: bool = False
+) -> Callable[..., Tensor]:
+    """The form that multiplies less for (b, m, n) with m <= n, as a function `(X, quintics, weights=None, A=None)`.
 
-    X is (b, m, n) with m <= n and singular values up to 1; `A` is X X^T where the caller has it. A sum comes in fp32, or
-    fp64 for fp64 X; a weight is a number or a (b, 1, 1) tensor.
+    It gives the last iterate, or with weights w_0..w_n the sum of w_k X_k. X has singular values up to 1; `A` is X X^T where
+    the caller has it. A sum comes in fp32, or fp64 for fp64 X; a weight is a number or a (b, 1, 1) tensor. Pass X without
+    keeping a name for it, and its memory is free after the first step.
     """
-    m, n = X.shape[-2:]
-    restarts = restarts_for(tuple(quintics), X.dtype, weights is not None)
-    if gram_cost(m, n, len(quintics), len(restarts), weights is not None) < product_cost(m, n, len(quintics)):
-        return gram_form(X, quintics, restarts, weights, A)
-    return product_form(X, quintics, weights, A)
+    restarts = restarts_for(tuple(quintics), dtype, summed)
+    if gram_cost(m, n, len(quintics), len(restarts), summed) < product_cost(m, n, len(quintics)):
+        return partial(gram_form, restarts=restarts)
+    return product_form
 
 
 def product_cost(m: int, n: int, steps: int) -> int:
@@ -52,7 +54,7 @@ def gram_cost(m: int, n: int, steps: int, restarts: int, summed: bool) -> int:
 def product_form(
     X: Tensor, quintics: Sequence[Quintic], weights: Sequence[Weight] | None = None, A: Tensor | None = None
 ) -> Tensor:
-    """`iterate` by products with X in every step."""
+    """`cheaper_form` by products with X in every step."""
     total = None if weights is None else scaled(X, weights[0])
     # Buffers, unless autograd needs every iterate: the sum of a step's products, and two X taking turns.
     reused = not (torch.is_grad_enabled() and X.requires_grad)
@@ -75,11 +77,12 @@ def product_form(
 def gram_form(
     X: Tensor,
     quintics: Sequence[Quintic],
-    restarts: Sequence[int],
     weights: Sequence[Weight] | None = None,
     A: Tensor | None = None,
+    *,
+    restarts: Sequence[int],
 ) -> Tensor:
-    """`iterate` on R = X X^T; X and R are formed anew before each step in `restarts`.
+    """`cheaper_form` on R = X X^T; X and R are formed anew before each step in `restarts`.
 
     With X_k = Q X for the X of the segment: Z = b R + c R^2, Q <- Q (a I + Z), R <- (a I + Z)^2 R.
     """
@@ -172,7 +175,7 @@ def restarts_for(quintics: tuple[Quintic, ...], dtype: torch.dtype, summed: bool
     best: tuple[float, tuple[int, ...]] = (float("inf"), ())
     for count in range(min(MAX_RESTARTS, len(quintics) - 1) + 1):
         for restarts in combinations(range(1, len(quintics)), count):
-            worst = float((errors(gram_form(X.to(dtype), quintics, restarts, weights)) / allowed).max())
+            worst = float((errors(gram_form(X.to(dtype), quintics, weights, restarts=restarts)) / allowed).max())
             if worst < best[0]:
                 best = (worst, restarts)
         if best[0] <= 1:

@@ -1,5 +1,6 @@
 """The polar factor by a minimax composition of odd quintics, as long as a tolerance asks for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from schatten.solvers.composed import LOWER, Composition, checked
 from schatten.solvers.core import check_matrices, normalised, on_wide_batch, working_dtype
-from schatten.solvers.iteration import iterate, product_form
+from schatten.solvers.iteration import cheaper_form, product_form
 
 LOOSE = 0.05
 
@@ -17,10 +18,13 @@ class _Polynomial(Composition):
     def __call__(self, X: Tensor) -> Tensor:
         check_matrices(X, "X")
         work = working_dtype(X, self.dtype)
+        return on_wide_batch(X, lambda Y: self._form(Y, work)(normalised(Y, work), self.quintics))
+
+    def _form(self, X: Tensor, work: torch.dtype) -> Callable[..., Tensor]:
         # Rounding the entries of the small matrices costs half precision 0.02 of the band, which a tight one does not have.
-        loose = self.error > LOOSE or work in (torch.float32, torch.float64)
-        form = iterate if loose else product_form
-        return on_wide_batch(X, lambda Y: form(normalised(Y, work), self.quintics))
+        if self.error <= LOOSE and work not in (torch.float32, torch.float64):
+            return product_form
+        return cheaper_form(X.shape[-2], X.shape[-1], self.quintics, work)
 
 
 def polynomial(

@@ -30,7 +30,7 @@ from schatten.solvers.core import (
     working_dtype,
 )
 from schatten.solvers.fit import Fit, Quintic, fit_many, grid, scalar_iterates, weights_for
-from schatten.solvers.iteration import iterate
+from schatten.solvers.iteration import cheaper_form
 from schatten.solvers.power_function import PowerFunction
 from schatten.solvers.spectral_norm import SAFETY, spectral_norm_from_gram
 
@@ -242,7 +242,8 @@ def _apply(X: Tensor, f: SpectralFunction, work: torch.dtype) -> Tensor:
         weights = weights * (scale * norm).pow(f.degree)
     inverse = 1 / scale
     A = (A * inverse.square().to(A.dtype)) if A.dtype != torch.float16 else (A.float() * inverse.square()).to(A.dtype)
-    return iterate(quotient(X, scale * norm, work), _quintics(f), list(weights), A)
+    form = cheaper_form(X.shape[-2], X.shape[-1], _quintics(f), work, summed=True)
+    return form(quotient(X, scale * norm, work), _quintics(f), list(weights), A)
 
 
 def tower(*, dtype: torch.dtype | str = "auto") -> _Tower:
