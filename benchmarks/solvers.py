@@ -11,6 +11,7 @@ factor that is the distance of the band from 1.
 import argparse
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
@@ -52,9 +53,9 @@ def directions() -> dict[str, tuple[Direction, Target, str]]:
             found[f"tower {name}, {dtype}"] = (K.grad, lambda s, K=K: K.h(s, K.a), baseline)
     for p in (0.5, 0.25):
         f = PowerFunction(p)
-        published, exact = solvers.coupled_newton(), solvers.coupled_minimax()
-        found[f"coupled_newton p = {p}, float32"] = (lambda X, f=f: published.apply(X, f), lambda s, p=p: s**p, PRECISE)
-        found[f"coupled_minimax p = {p}, float32"] = (lambda X, f=f: exact.apply(X, f), lambda s, p=p: s**p, PRECISE)
+        for solver in (solvers.coupled_newton(), solvers.coupled_minimax()):
+            name = repr(solver).split("(")[0]
+            found[f"{name} p = {p}, float32"] = (partial(solver.apply, f=f), lambda s, p=p: s**p, PRECISE)
     return found
 
 

@@ -148,7 +148,7 @@ def scaled(X: Tensor, weight: Weight) -> Tensor:
 def add_(total: Tensor, X: Tensor, weight: Weight) -> None:
     """total += weight X."""
     if isinstance(weight, Tensor):
-        total.addcmul_(wide(X), weight)
+        total.addcmul_(X, weight)
     else:
         total.add_(X, alpha=weight)
 
