@@ -32,6 +32,9 @@ def builds(peers: bool) -> dict[str, Build]:
     found: dict[str, Build] = {
         "torch.optim.Muon": lambda p: torch.optim.Muon(p, lr=LR, weight_decay=0.0),
         "schatten.Muon": lambda p: schatten.Muon(p, lr=LR, weight_decay=0.0, scale="keller"),
+        "schatten.Muon, tol=0.03": lambda p: schatten.Muon(
+            p, lr=LR, weight_decay=0.0, scale="keller", solver=schatten.solvers.polynomial(tol=0.03)
+        ),
     }
     if peers:
         po: Any = importlib.import_module("pytorch_optimizer")
@@ -49,6 +52,19 @@ def parameters(weights: list[Tensor], gradients: list[Tensor]) -> list[nn.Parame
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.clone()
     return params
+
+
+def stepping(build: Build, weights: list[Tensor], gradients: list[Tensor]) -> Callable[[], None]:
+    """One step on the same gradients; they are set anew, as heavyball drops them in its step."""
+    params = parameters(weights, gradients)
+    optimizer = build(params)
+
+    def step() -> None:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    return step
 
 
 def direction(build: Build, G: Tensor) -> Tensor:
@@ -79,7 +95,7 @@ def gpt2_memory() -> dict[str, int]:
     """Peak bytes of a schatten.Muon step on all hidden matrices of GPT-2 small, by `max_batch_bytes`."""
     shapes = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12
     params = parameters([torch.zeros(s) for s in shapes], [torch.randn(s) for s in shapes])
-    return {str(mib): common.peak_bytes(schatten.Muon(params, lr=LR, max_batch_bytes=mib << 20).step) for mib in (64, 128, 256)}
+    return {str(mib): common.peak_bytes(schatten.Muon(params, lr=LR, max_batch_bytes=mib << 20).step) for mib in (64, 160, 256)}
 
 
 def main() -> None:
@@ -92,7 +108,7 @@ def main() -> None:
     torch.manual_seed(0)
     weights, gradients = common.matrices(args.layers), common.matrices(args.layers)
     found = builds(args.peers)
-    steps = {name: build(parameters(weights, gradients)).step for name, build in found.items()}
+    steps = {name: stepping(build, weights, gradients) for name, build in found.items()}
     times = common.alternating(steps, args.rounds)
     rows = {
         name: {

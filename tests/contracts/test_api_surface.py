@@ -14,7 +14,22 @@ import pytest
 import schatten
 
 # What design.md fixes and the library has by now; taking one away breaks users.
-PROMISED = {"Muon", "Plan", "Rule", "SpectralOptimizer", "maps", "plan", "polar", "presets", "retractions", "scales", "signals"}
+PROMISED = {
+    "Muon",
+    "Plan",
+    "Rule",
+    "SpectralOptimizer",
+    "apply_map",
+    "maps",
+    "plan",
+    "polar",
+    "presets",
+    "retractions",
+    "scales",
+    "signals",
+    "solvers",
+    "spectral_power",
+}
 
 OPTIONAL = {
     "accelerate",
@@ -85,6 +100,22 @@ def test_every_module_opens_with_its_idea_and_its_examples_run(name):
     assert module.__doc__, f"{name} has no docstring"
     failed, _ = doctest.testmod(module)
     assert failed == 0, f"{failed} examples of {name} fail; see the captured output"
+
+
+@pytest.mark.parametrize("page", sorted(Path(__file__).parents[2].glob("docs/*.md")), ids=lambda page: page.name)
+def test_the_examples_of_the_documentation_run(page):
+    failed, _ = doctest.testfile(str(page), module_relative=False)
+    assert failed == 0, f"{failed} examples of {page.name} fail; see the captured output"
+
+
+@pytest.mark.parametrize("folder", ["maps", "solvers"])
+def test_the_documentation_knows_every_map_and_solver(folder):
+    pages = {"maps": "maps.md", "solvers": "accuracy.md"}
+    text = (Path(__file__).parents[2] / "docs" / pages[folder]).read_text()
+    abstract = {"Map", "Scaled", "Sum", "Solver", "FunctionSolver", "SpectralFunction", "fit", "krylov", "svd"}
+    names = [name for name in getattr(schatten, folder).__all__ if name not in abstract]
+    written = {"muon_p": "Muon^p"}
+    assert not [name for name in names if written.get(name, name) not in text]
 
 
 def test_the_examples_are_found():
