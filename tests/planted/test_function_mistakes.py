@@ -18,9 +18,10 @@ SOLVER = solvers.tower(dtype="float32")
 
 def worst(K, X=G):
     exact = K.threshold(X.double())
-    if not K.grad(X).isfinite().all():
+    D = K.grad(X)
+    if not D.isfinite().all():
         return float("inf")
-    return errors(X, K.grad(X), lambda s: K.h(s, exact))[0]
+    return errors(X, D, lambda s: K.h(s, exact))[0]
 
 
 MAPS = {"power": maps.Power(0.5, solver=SOLVER), "tanh": maps.LogCosh(0.05, solver=SOLVER)}
@@ -75,7 +76,7 @@ def test_a_dropped_iterate_is_caught(monkeypatch):
 
     def dropping(total, X, weight):
         calls.append(1)
-        if len(calls) != 3:
+        if len(calls) != 1:
             right(total, X, weight)
 
     monkeypatch.setattr(iteration, "add_", dropping)
