@@ -23,7 +23,7 @@ def spectral_power(G: Tensor, p: float, *, dtype: torch.dtype | None = None) -> 
     Args:
         p: the exponent; p = 0 is the polar factor, for which `schatten.polar` takes a tolerance, p = 1 is G.
         dtype: precision of the products; default fp64 for fp64 input and fp32 for everything else. fp16 is off by at most
-            3 % and bf16 by 12 % for p >= 0.1 (for sigma >= 1e-2 of the largest 2 % and 4 %); below p = 0 rounding is
+            3.5 % and bf16 by 14 % for p >= 0.1 (for sigma >= 1e-2 of the largest 2.5 % and 5 %); below p = 0 rounding is
             amplified, and a precision that does not hold it is refused.
 
     Raises ValueError for p outside [-0.9, 1] or a `dtype` that cannot hold it, TypeError for complex or integer input.
