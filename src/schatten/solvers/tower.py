@@ -122,6 +122,13 @@ def check_amplification(amplification: float, dtype: str) -> None:
         )
 
 
+@lru_cache(maxsize=256)
+def _on_device(values: tuple[float, ...] | tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Constants as a tensor, copied once: a copy in every step would make the device wait."""
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class _Table:
     """Weights of h(x, rho) / h(1, rho), or of h(x, rho) if absolute, at log-spaced rho; `error` is the worst, also between."""
@@ -134,7 +141,7 @@ class _Table:
 
     def at(self, rho: Tensor) -> Tensor:
         """(b,) -> (b, n + 1), linear in log rho: a mean of two fits, whose errors bound its own."""
-        rows = torch.tensor(self.weights, dtype=rho.dtype, device=rho.device)
+        rows = _on_device(self.weights, rho.dtype, rho.device)
         last = len(rows) - 1
         place = (rho.log() - math.log(self.low)) * (last / math.log(self.high / self.low))
         place = place.clamp(0, last).nan_to_num(0)
@@ -225,7 +232,7 @@ def _apply(X: Tensor, f: SpectralFunction, work: torch.dtype) -> Tensor:
     scale = SAFETY * top  # of X / norm
     found = constant(f) if f.family is None else table(f.family)
     if isinstance(found, Fit):
-        weights = torch.tensor(found.weights, dtype=scale.dtype, device=X.device)[:, None, None, None]
+        weights = _on_device(found.weights, scale.dtype, X.device)[:, None, None, None]
         rho = None
     else:
         # In units of the Frobenius norm, which every finite matrix has within range.
