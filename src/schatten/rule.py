@@ -30,6 +30,19 @@ class Rule:
     scale: Scale = field(default_factory=Scale)
     retraction: Retraction = field(default_factory=DecoupledDecay)
 
+    def __post_init__(self) -> None:
+        slots = {"signal": Signal, "map": Map, "scale": Scale, "retraction": Retraction}
+        for name, kind in slots.items():
+            filling = getattr(self, name)
+            # A class has its instances' methods too, and would fail only in the first step.
+            if isinstance(filling, type) or not isinstance(filling, kind):
+                what = (
+                    f"the class {filling.__name__}: write {filling.__name__}(...)"
+                    if isinstance(filling, type)
+                    else f"{filling!r}"
+                )
+                raise TypeError(f"{name} must be a {kind.__name__.lower()} of schatten.{name}s, got {what}.")
+
     def describe(self, weight_decay: float, fan_out: int, fan_in: int) -> str:
         """What decoupled decay makes this rule solve for a fan_out x fan_in matrix."""
         return self.map.describe(weight_decay, self.scale.factor(fan_out, fan_in))

@@ -244,3 +244,21 @@ def test_apply_map_sets_every_open_precision_inside_a_map():
     fp32 = 2 * maps.LogCosh(0.1, solver=solvers.tower(dtype="float32")) + maps.Nuclear(solvers.polynomial(dtype="float32"))
     assert torch.equal(schatten.apply_map(G, K), fp32.grad(G))
     assert dataclasses.fields(maps.Nuclear) and torch.equal(schatten.apply_map(G, fp32), fp32.grad(G))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        schatten.polar,
+        lambda G: schatten.polar(G.mT),
+        lambda G: schatten.spectral_power(G, 0.5),
+        lambda G: schatten.apply_map(G, maps.LogCosh(0.5)),
+        lambda G: maps.Frobenius().grad(G),
+    ],
+    ids=["polar", "polar of the transpose", "power", "map", "Frobenius"],
+)
+@pytest.mark.parametrize("shape", [(4, 4), (3, 12)])
+def test_derivatives_are_those_of_the_function(f, shape):
+    # Buffers are reused between products only where autograd does not need them.
+    G = gaussian(*shape, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(f, (G,), atol=1e-4, rtol=1e-3)
