@@ -82,3 +82,36 @@ def test_a_nan_stays_in_its_matrix():
     X[1, 0, 0] = B[1, 0, 0] = torch.nan
     for result in (kernels.gram(X), kernels.sym(A, B, C, 0.5, 2.0), kernels.affine(B, X, 3.0)):
         assert result[[0, 2]].isfinite().all() and not result[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("m", "n"), [(512, 600), (513, 513), (530, 700)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_large_symmetric_products_from_strips_agree_too(m, n, dtype):
+    X = (gaussian(2, m, n) / m**0.5).to(dtype)
+    A = X @ X.mT
+    # Rounding of sums of 700 products: 1e-16 and 6e-8, times 30.
+    rounding = {torch.float64: 1e-13, torch.float32: 5e-5}[dtype]
+    for M, expected in (
+        (kernels.gram(X), A),
+        (kernels.gram(X.mT.contiguous().mT), A),
+        (kernels.sym(A, A, A, 0.7, -1.3), 0.7 * A - 1.3 * A @ A),
+    ):
+        assert (M - expected).abs().max() < rounding * expected.abs().max()
+        # A strip's diagonal block is one GEMM, symmetric to rounding; what is mirrored is so exactly.
+        assert (M - M.mT).abs().max() < rounding * expected.abs().max()
+        assert torch.equal(M[:, : m // 8, -m // 8 :], M.mT[:, : m // 8, -m // 8 :])
+
+
+@pytest.mark.parametrize("m", [8, 520])
+def test_a_given_place_is_written_to_and_changes_no_bit(m):
+    X = gaussian(2, m, m + 40) / m**0.5
+    A = kernels.gram(X)
+    for product, place in (
+        (lambda out: kernels.gram(X, out=out), torch.empty_like(A)),
+        (lambda out: kernels.sym(A, A, A, 0.7, -1.3, out=out), torch.empty_like(A)),
+        (lambda out: kernels.affine(A, X, 0.5, out=out), torch.empty_like(X)),
+        (lambda out: kernels.affine(A, X.mT.contiguous().mT, 0.5, out=out), torch.empty(2, m + 40, m).double().mT),
+    ):
+        expected = product(None)
+        result = product(place)
+        assert torch.equal(result, expected) and torch.equal(place, expected) and result.data_ptr() == place.data_ptr()
