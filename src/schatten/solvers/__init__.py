@@ -8,7 +8,7 @@ Each is built by a function of its own file and is a frozen dataclass of plain v
 - `newton_schulz()`: the polar factor by published quintics: Keller Jordan's, as `torch.optim.Muon` runs them, and others.
 - `tower()`: any smooth spectral function by seven quintics; `fit` finds its weights.
 - `coupled_newton()`: the powers 1/2 and 1/4 as their paper published them, for comparison.
-- `coupled_minimax()`: dyadic powers to 1e-3, where the tower is not accurate enough.
+- `coupled_minimax()`: dyadic powers to 1e-4, where the tower is not accurate enough.
 - `muon_p(p)`: Muon^p's released recurrences.
 - `krylov()`: functions of the leading singular values.
 """

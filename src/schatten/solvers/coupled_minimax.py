@@ -78,7 +78,7 @@ def _roots(H: Tensor, quintics: tuple[minimax.Quintic, ...]) -> tuple[Tensor, Te
 
 
 def coupled_minimax(*, lower: float = 1e-3) -> _CoupledMinimax:
-    """U S^p V^T for p = +-1/2, +-1/4, +-1/8, +-1/16, to 1e-3 for singular values of at least `lower` of the largest.
+    """U S^p V^T for p = +-1/2, +-1/4, +-1/8, +-1/16, to 1e-4 for singular values of at least `lower` of the largest.
 
     The polar factor P gives X = H P with H = U S U^T; H^(1/2) and H^(-1/2) come together from a coupled iteration with
     minimax quintics, once for each halving. In fp32 (fp64 for fp64 input), without ridge, so c X gives c^p times the
