@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schatten.maps.core import Combinable, Map
+from schatten.maps.core import UNCONSTRAINED, Combinable, Map
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Sum(Combinable):
     def describe(self, weight_decay: float, factor: float = 1.0) -> str:
         """The problem that decoupled decay makes a rule on this map solve."""
         if weight_decay == 0:
-            return self.maps[0].describe(0.0)
+            return UNCONSTRAINED
         problems = [f"[{K.describe(weight_decay, factor).removeprefix('min F').strip()}]" for K in self.maps]
         parts = [f"W_{i}" for i in range(1, len(problems) + 1)]
         return f"min F over W = {' + '.join(parts)}, " + ", ".join(f"{W} {p}" for W, p in zip(parts, problems, strict=True))

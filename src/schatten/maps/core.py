@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from schatten.maps.combinations import Scaled, Sum
 
 
+# What `describe` says where no decay acts.
+UNCONSTRAINED = "min F, no constraint (weight_decay is 0)"
+
+
 @runtime_checkable
 class Map(Protocol):
     """A convex function K of a matrix. `value`, `conjugate`, `violation`: (*b, m, n) -> (*b); `grad` keeps the shape."""
@@ -39,8 +43,3 @@ class Combinable:
         from schatten.maps.combinations import Sum
 
         return Sum((self, other))  # type: ignore[arg-type]
-
-
-def problem(weight_decay: float, factor: float, terms: str) -> str:
-    """The sentence of `describe`; `terms` is what follows "min F"."""
-    return f"min F{terms}" if weight_decay else "min F, no constraint (weight_decay is 0)"

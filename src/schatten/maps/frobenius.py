@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schatten.maps.core import Combinable
+from schatten.maps.core import UNCONSTRAINED, Combinable
 from schatten.maps.lifts import safe_norm
 from schatten.maps.potential import ROUNDING, number
 
@@ -50,5 +50,5 @@ class Frobenius(Combinable):
     def describe(self, weight_decay: float, factor: float = 1.0) -> str:
         """The problem that decoupled decay makes a rule on this map solve."""
         if weight_decay == 0:
-            return "min F, no constraint (weight_decay is 0)"
+            return UNCONSTRAINED
         return f"min F subject to Frobenius norm <= {number(factor / weight_decay)}"

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from schatten.maps.core import Combinable
+from schatten.maps.core import UNCONSTRAINED, Combinable
 from schatten.maps.lifts import magnitudes, replaced
 from schatten.maps.potential import ROUNDING, number
 from schatten.solvers import Solver, polynomial
@@ -65,5 +65,5 @@ class Nuclear(Combinable):
     def describe(self, weight_decay: float, factor: float = 1.0) -> str:
         """The problem that decoupled decay makes a rule on this map solve."""
         if weight_decay == 0:
-            return "min F, no constraint (weight_decay is 0)"
+            return UNCONSTRAINED
         return f"min F subject to spectral norm <= {number(factor / weight_decay)}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schatten.maps.core import Combinable
+from schatten.maps.core import UNCONSTRAINED, Combinable
 from schatten.maps.lifts import check_lift, magnitudes, replaced, safe_norm
 from schatten.solvers import FunctionSolver, tower
 
@@ -144,7 +144,7 @@ class Potential(Combinable, ABC):
     def describe(self, weight_decay: float, factor: float = 1.0) -> str:
         """The problem that decoupled decay makes a rule on this map solve."""
         if weight_decay == 0:
-            return "min F, no constraint (weight_decay is 0)"
+            return UNCONSTRAINED
         moving = f"; the threshold moves with each signal's {self.relative} norm" if self.relative else ""
         return f"min F{self.problem(weight_decay / factor)}{moving}"
 
