@@ -63,11 +63,17 @@ def parts(
     if p.device.type != "cpu":
         return [Part(batch, state, blocks)]
     whole = p.numel() <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype)
-    if whole or not all(p.is_contiguous() for _, p in batch):
+    if whole or not all(_in_rows(p, state[p]) for _, p in batch):
         return [Part(members, state, blocks) for members in _pieces(batch, MAX_CPU_PART_ENTRIES)]
     rows, height = blocks[0] * blocks[1], max(1, MAX_CPU_PART_ENTRIES // blocks[2])
     slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
     return [Part([member], state, blocks, rows) for member in batch for rows in slices]
+
+
+def _in_rows(p: Tensor, state: Mapping[str, Tensor]) -> bool:
+    """Whether rows of the matrices are views of the parameter, its gradient and its state."""
+    assert p.grad is not None
+    return all(t.is_contiguous() for t in (p, p.grad, *state.values()))
 
 
 class Room:
@@ -138,11 +144,15 @@ class Part:
         return len(self.params)
 
     def _view(self, t: Tensor) -> Tensor:
-        return t.detach().reshape(self.blocks) if self.rows is None else _rows(t.detach(), self.rows)
+        return t.detach().reshape(self.blocks) if self.rows is None else self._rows(t.detach())
+
+    def _rows(self, t: Tensor) -> Tensor:
+        """This part's rows of one contiguous tensor's matrices, all blocks below each other: (1, rows, fan_in), a view."""
+        return t.view(-1, self.blocks[2])[self.rows].unsqueeze(0)
 
     def of(self, D: Tensor) -> Tensor:
         """This part of a tensor that holds its matrices, (parameters, blocks, fan_out, fan_in)."""
-        return D if self.rows is None else _rows(D[0], self.rows).unsqueeze(0)
+        return D if self.rows is None else self._rows(D[0].contiguous()).unsqueeze(0)
 
     def _stacked(self, tensors: list[Tensor]) -> Tensor:
         matrices = [self._view(t).to(self.dtype) for t in tensors]
@@ -175,14 +185,9 @@ class Part:
     def keep_weights_(self, new: Tensor, rounding: str, seeds: list[int]) -> None:
         for p, W, finite, seed in zip(self.params, new, self.finite, seeds, strict=True):
             if self.rows is not None:
-                _rows(p.detach(), self.rows).copy_(W)
+                self._rows(p.detach()).copy_(W[0])
                 continue
             W = W.reshape(p.shape)
             if finite is not None:
                 W = torch.where(finite, W, p.to(self.dtype))
             store_(p, W, rounding, seed)
-
-
-def _rows(t: Tensor, rows: slice) -> Tensor:
-    """Rows of all blocks of a contiguous parameter, (..., fan_in) -> (1, rows, fan_in), as a view."""
-    return t.view(-1, t.shape[-1])[rows].unsqueeze(0)

@@ -67,6 +67,43 @@ def test_where_batches_are_cut_changes_no_bit_not_even_of_the_rounding_noise(dty
     assert all_equal(uncut, run(schatten.Muon, dtype, **options))
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (2, 6, 4), (12, 5)], ids=str)
+@pytest.mark.parametrize("strides", ["contiguous", "gradient", "parameter", "state"])
+def test_rows_of_convolutions_banks_and_strided_tensors_step_as_a_whole(shape, strides, request):
+    # Rows are of the logical matrices, which are not those of the tensor's last dimension, and need views.
+    def strided(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def trained():
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(shape, generator=generator)
+        W = nn.Parameter(strided(start) if strides == "parameter" else start)
+        layout = "experts" if len(shape) == 3 else "auto"
+        opt = schatten.Muon([{"params": [W], "layout": layout}], lr=0.1, solver=solvers.svd())
+        if strides == "state":
+            opt.state[W]["momentum_buffer"] = strided(opt.state[W]["momentum_buffer"])
+        for _ in range(3):
+            G = torch.randn(shape, generator=generator)
+            W.grad = strided(G) if strides == "gradient" else G
+            opt.step()
+        return W.detach().clone()
+
+    whole = trained()
+    request.getfixturevalue("one_by_one")
+    assert torch.equal(trained(), whole)
+
+
+def test_a_large_convolution_steps_by_rows():
+    W = nn.Parameter(torch.zeros(256, 256, 3, 3))
+    assert W.numel() > batching.MAX_CPU_PART_ENTRIES
+    W.grad = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+    opt = schatten.Muon([W], lr=0.1, weight_decay=0.0, scale="none")
+    opt.step()
+    D = -W.detach().flatten(1) / 0.1
+    sigma = torch.linalg.svdvals(D.double())
+    assert 0.82 < sigma.min() and sigma.max() < 1.18  # the default band and bf16 products
+
+
 def test_the_noise_of_a_matrix_does_not_depend_on_who_else_has_a_gradient():
     options = {"lr": 0.1, "solver": solvers.svd(), "dtype": torch.bfloat16}
     everyone = run(schatten.Muon, **options)
