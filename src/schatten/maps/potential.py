@@ -30,7 +30,8 @@ ROUNDING = 1e-12
 class Potential(Combinable, ABC):
     """A symmetric convex function of a matrix's magnitudes; `over` says of which (`schatten.maps.lifts`).
 
-    `solver` computes the direction of a spectral potential and is not used by other lifts.
+    `solver` computes the direction of a spectral potential and is not used by other lifts. A tower sees each magnitude
+    alone: where h depends on all of them, `grad` must ask it for a function that does not.
     """
 
     over: str = field(default="spectrum", kw_only=True)

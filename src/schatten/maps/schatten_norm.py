@@ -61,9 +61,14 @@ class Schatten(Potential):
         norm = _norm(x, self.p).unsqueeze(-1)
         return (x / torch.where(norm == 0, 1, norm)).pow(self.p - 1)
 
+    def check_solver(self) -> None:
+        super().check_solver()
+        if self.over == "spectrum" and 1 < self.p < math.inf:
+            self.solver.check(PowerFunction(self.p - 1))
+
     def grad(self, S: Tensor) -> Tensor:
-        """The direction; for 1 < p <= 2 from one spectral power P = U s^(p-1) V^T, as <S, P> = sum of s^p."""
-        if self.over != "spectrum" or not 1 < self.p <= 2:
+        """The direction; for finite p > 1 from one spectral power P = U s^(p-1) V^T, as <S, P> = sum of s^p."""
+        if self.over != "spectrum" or not 1 < self.p < math.inf:
             return super().grad(S)
         wide = S if S.dtype in (torch.float32, torch.float64) else S.float()
         top = wide.abs().amax((-2, -1), keepdim=True)
