@@ -1,8 +1,7 @@
 """What the solvers share: the protocols, the safe normalisation and the working precision.
 
-Squares are summed in fp64, where those of every fp32 number fit, so neither a large matrix overflows nor a small one
-vanishes: the result does not depend on the input's scale. A zero matrix stays zero; a non-finite matrix
-comes out non-finite and spreads to no other matrix of its batch.
+Norms neither overflow for a large matrix nor vanish for a small one, so the result does not depend on the input's scale. A
+zero matrix stays zero; a non-finite matrix comes out non-finite and spreads to no other matrix of its batch.
 """
 
 from collections.abc import Callable
@@ -33,9 +32,9 @@ class SpectralFunction(Protocol):
     """What a function solver needs to know of U h(Sigma) V^T; hashable, and h(0) = 0 is understood.
 
     `h(s, a)` for singular values (*b, r) and a threshold `a`, a number or (*b, 1); it is homogeneous in both together,
-    h(c s, c a) = c^degree h(s, a). `a` is its value, 0 without
-    one, `relative` the norm of X it is to be multiplied by, if any, and `threshold(X)` the product. `rank` is how many
-    leading singular values count, None for all. `family` is the same function at a = 1, and None without a threshold.
+    h(c s, c a) = c^degree h(s, a). `a` is the threshold's value, 0 without one, `relative` the norm of X it is to be
+    multiplied by, if any, and `threshold(X)` the product. `rank` is how many leading singular values count, None for all.
+    `family` is the same function at a = 1, and None without a threshold.
     """
 
     @property

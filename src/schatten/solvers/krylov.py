@@ -18,9 +18,9 @@ class _Krylov:
     def apply(self, X: Tensor, f: SpectralFunction) -> Tensor:
         check_matrices(X, "X")
         self.check(f)
-        assert f.rank is not None
+        rank: int = f.rank  # type: ignore[assignment]  # not None, as just checked
         work = torch.float64 if X.dtype == torch.float64 else torch.float32
-        return on_wide_batch(X, lambda Y: _leading(Y, f, f.rank or 1, self.blocks, work))
+        return on_wide_batch(X, lambda Y: _leading(Y, f, rank, self.blocks, work))
 
     def check(self, f: SpectralFunction) -> None:
         """Refuse a function of all singular values."""

@@ -190,6 +190,11 @@ def constant(f: SpectralFunction) -> Fit:
     return weights_for(lambda x: f.h(x, 0.0), LOWER, _quintics(f), "relative")
 
 
+def _found(f: SpectralFunction) -> Fit | _Table:
+    family = f.family
+    return constant(f) if family is None else table(family)
+
+
 @dataclass(frozen=True)
 class _Tower:
     dtype: str
@@ -204,36 +209,34 @@ class _Tower:
             raise ValueError(
                 f"tower() cannot compute {name}: it depends on a rank, which no polynomial sees; use krylov() or svd()."
             )
-        found = constant(f) if f.family is None else table(f.family)
+        found = _found(f)
         if found.error > WORST:
             raise ValueError(
-                f"tower() cannot compute {type(f).__name__}: its best weights are off by {found.error:.0%}, as of every "
-                f"function with a jump; use svd()."
+                f"tower() cannot compute {type(f).__name__}: its best weights are off by {found.error:.0%}, as of functions "
+                f"with a jump and of those flatter than sigma at 0; use svd()."
             )
         check_amplification(found.amplification, self.dtype)
 
     def apply(self, X: Tensor, f: SpectralFunction) -> Tensor:
         check_matrices(X, "X")
         work = working_dtype(X, self.dtype)
-        found = constant(f) if f.family is None else table(f.family)
+        found = _found(f)
         if self.dtype == "auto" and found.amplification > HOLDS[str(work).removeprefix("torch.")]:
             work = torch.float32
-        return on_wide_batch(X, lambda Y: _apply(Y, f, work))
+        return on_wide_batch(X, lambda Y: _apply(Y, f, found, work))
 
     def __repr__(self) -> str:
         return f"tower(dtype={self.dtype!r})"
 
 
-def _apply(X: Tensor, f: SpectralFunction, work: torch.dtype) -> Tensor:
+def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtype) -> Tensor:
     norm = frobenius(X)
     A = kernels.gram(quotient(X, norm, work))
     top = spectral_norm_from_gram(A)
     top = torch.where(top == 0, 1, top)
     scale = SAFETY * top  # of X / norm
-    found = constant(f) if f.family is None else table(f.family)
     if isinstance(found, Fit):
         weights = _on_device(found.weights, scale.dtype, X.device)[:, None, None, None]
-        rho = None
     else:
         # In units of the Frobenius norm, which every finite matrix has within range.
         threshold = f.a * (
@@ -247,8 +250,8 @@ def _apply(X: Tensor, f: SpectralFunction, work: torch.dtype) -> Tensor:
             weights = weights * f.h(torch.ones_like(rho), rho)
     if f.degree != 0:
         weights = weights * (scale * norm).pow(f.degree)
-    inverse = 1 / scale
-    A = (A * inverse.square().to(A.dtype)) if A.dtype != torch.float16 else (A.float() * inverse.square()).to(A.dtype)
+    # In fp32, as 1 / scale^2 rounded to half precision would put A beside X X^T as a whole.
+    A = (A / scale.square()).to(work)
     form = cheaper_form(X.shape[-2], X.shape[-1], _quintics(f), work, summed=True)
     return form(quotient(X, scale * norm, work), _quintics(f), list(weights), A)
 
