@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from schatten.groups import lr_of
+from schatten.retractions.core import lr_of
 from schatten.rounding import store_
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")

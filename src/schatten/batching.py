@@ -8,6 +8,7 @@ large matrix is cut into parts by rows.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ COUNTERS = ("step", "skipped")
 
 Member = tuple[int, Tensor]
 
+StatedMember = tuple[int, Tensor, dict[str, Tensor]]
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The precision of state and arithmetic: the parameter's, but at least fp32."""
@@ -48,30 +51,29 @@ def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Me
         yield from _pieces(same, max_batch_bytes // (BYTES_PER_ENTRY * wide(p.dtype).itemsize // 4), threads)
 
 
-def _pieces(members: list[Member], entries: int, multiple: int = 1) -> Iterator[list[Member]]:
+def _pieces(members: list[Any], entries: int, multiple: int = 1) -> list[list[Any]]:
     size = max(1, entries // max(1, members[0][1].numel()))
     size = max(1, size // multiple * multiple)
-    for start in range(0, len(members), size):
-        yield members[start : start + size]
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
-def parts(
-    batch: list[Member], state: Mapping[Tensor, dict[str, Tensor]], blocks: tuple[int, int, int], by_rows: bool
-) -> list["Part"]:
+def parts(whole: "Part", by_rows: bool) -> list["Part"]:
     """A batch in the pieces its device prefers for elementwise work; large matrices by rows if `by_rows`."""
-    p = batch[0][1]
+    p, blocks = whole.params[0], whole.blocks
     if p.device.type != "cpu":
-        return [Part(batch, state, blocks)]
-    whole = p.numel() <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype)
-    if whole or not all(_in_rows(p, state[p]) for _, p in batch):
-        return [Part(members, state, blocks) for members in _pieces(batch, MAX_CPU_PART_ENTRIES)]
+        return [whole]
+    batch = list(zip(whole.indices, whole.params, whole.states, strict=True))
+    if p.numel() <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype) or not all(map(_in_rows, batch)):
+        pieces = _pieces(batch, MAX_CPU_PART_ENTRIES)
+        return [whole] if len(pieces) == 1 else [Part(members, blocks) for members in pieces]
     rows, height = blocks[0] * blocks[1], max(1, MAX_CPU_PART_ENTRIES // blocks[2])
     slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
-    return [Part([member], state, blocks, rows) for member in batch for rows in slices]
+    return [Part([member], blocks, rows) for member in batch for rows in slices]
 
 
-def _in_rows(p: Tensor, state: Mapping[str, Tensor]) -> bool:
+def _in_rows(member: StatedMember) -> bool:
     """Whether rows of the matrices are views of the parameter, its gradient and its state."""
+    _, p, state = member
     assert p.grad is not None
     return all(t.is_contiguous() for t in (p, p.grad, *state.values()))
 
@@ -125,16 +127,10 @@ class Part:
     the device chooses, so nothing waits.
     """
 
-    def __init__(
-        self,
-        members: list[Member],
-        state: Mapping[Tensor, dict[str, Tensor]],
-        blocks: tuple[int, int, int],
-        rows: slice | None = None,
-    ):
-        self.indices = [index for index, _ in members]
-        self.params = [p for _, p in members]
-        self.states = [state[p] for p in self.params]
+    def __init__(self, members: list[StatedMember], blocks: tuple[int, int, int], rows: slice | None = None):
+        self.indices = [index for index, _, _ in members]
+        self.params = [p for _, p, _ in members]
+        self.states = [state for _, _, state in members]
         self.blocks = blocks
         self.rows = rows
         self.dtype = wide(self.params[0].dtype)
@@ -144,7 +140,12 @@ class Part:
         return len(self.params)
 
     def _view(self, t: Tensor) -> Tensor:
-        return t.detach().reshape(self.blocks) if self.rows is None else self._rows(t.detach())
+        """A parameter, its gradient or a tensor of its state with the dimension of blocks first."""
+        if t.ndim == 0:
+            return t.view(1, 1, 1)
+        if t.shape == self.params[0].shape:
+            return t.detach().reshape(self.blocks) if self.rows is None else self._rows(t.detach())
+        return t.unsqueeze(0) if self.blocks[0] == 1 else t
 
     def _rows(self, t: Tensor) -> Tensor:
         """This part's rows of one contiguous tensor's matrices, all blocks below each other: (1, rows, fan_in), a view."""
@@ -166,8 +167,15 @@ class Part:
     def weights(self) -> Tensor:
         return self._stacked(self.params)
 
-    def state(self) -> dict[str, Tensor]:
-        return {key: self._stacked([s[key] for s in self.states]) for key in self.states[0] if key not in COUNTERS}
+    def state(self) -> "Stacks":
+        return Stacks(self)
+
+    def count_(self) -> None:
+        """Count this step, or its skipping; on a CPU `without_non_finite` has done so."""
+        for s, finite in zip(self.states, self.finite, strict=True):
+            if finite is not None:
+                s["step"].add_(finite)
+                s["skipped"].add_(~finite)
 
     def keep_state_(self, new: Mapping[str, Tensor]) -> None:
         for key, values in new.items():
@@ -177,10 +185,6 @@ class Part:
                     target.copy_(value.reshape(target.shape))
                 else:
                     torch.where(finite, value.reshape(s[key].shape), s[key], out=s[key])
-        for s, finite in zip(self.states, self.finite, strict=True):
-            if finite is not None:
-                s["step"].add_(finite)
-                s["skipped"].add_(~finite)
 
     def keep_weights_(self, new: Tensor, rounding: str, seeds: list[int]) -> None:
         for p, W, finite, seed in zip(self.params, new, self.finite, seeds, strict=True):
@@ -191,3 +195,19 @@ class Part:
             if finite is not None:
                 W = torch.where(finite, W, p.to(self.dtype))
             store_(p, W, rounding, seed)
+
+
+class Stacks(Mapping[str, Tensor]):
+    """The state of a part as stacks (parameters, blocks, ...), each made when it is read: slots share one state."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.part._stacked([s[key] for s in self.part.states])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.part.states[0])
+
+    def __len__(self) -> int:
+        return len(self.part.states[0])

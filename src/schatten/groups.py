@@ -1,5 +1,6 @@
 """Param groups: which keys each algorithm has, and the checks a group passes before it joins an optimizer."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,12 +23,6 @@ def name_of(group: Mapping[str, Any], index: int) -> str:
     return repr(names[index]) if names else f"params[{index}]"
 
 
-def lr_of(group: Mapping[str, Any]) -> float | Tensor:
-    """The group's lr, a number or a tensor without dimensions, which does not change the dtype of what it multiplies."""
-    lr = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
 def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ()) -> None:
     """Raise ValueError for an lr, decay, momentum, beta or eps outside its range; `hyperparameters` must lie in [0, 1)."""
     lr = group["lr"]
@@ -38,8 +33,8 @@ def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ())
             raise ValueError(f"{key} must be finite and >= 0, got {group[key]}.")
     for key in hyperparameters:
         if key not in group:
-            raise ValueError(f"This rule's signal needs a value for {key!r}: pass {key}=..., or write it into the group.")
-        if not 0.0 <= group[key] < 1.0:
+            raise ValueError(f"This rule needs a value for {key!r}: pass {key}=..., or write it into the group.")
+        if key != "betas" and not 0.0 <= group[key] < 1.0:
             raise ValueError(f"{key} must lie in [0, 1), got {group[key]}.")
     if "betas" in group:
         betas = group["betas"]
@@ -47,6 +42,18 @@ def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ())
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}.")
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
+
+
+def check_stability(group: Mapping[str, Any]) -> None:
+    """Warn where explicit decay overshoots: lr lambda > 1 multiplies a weight by a negative number at every step."""
+    if group["lr"] * group["weight_decay"] > 1:
+        warnings.warn(
+            f"lr * weight_decay is {float(group['lr'] * group['weight_decay']):g}: explicit decay multiplies weights by 1 "
+            f"minus it, so above 1 they change sign at every step and from 2 on diverge; bounds on weights and gradients, and "
+            f"with them every critical batch size, hold for lr <= 1 / weight_decay only (arXiv 2507.01598). Lower one of them, "
+            f'or take decay="implicit", which is stable for any.',
+            stacklevel=4,
+        )
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:

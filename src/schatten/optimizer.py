@@ -5,7 +5,7 @@ functional AdamW. Nothing in a step waits for the device: a non-finite gradient 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from schatten.batching import (
     COUNTERS,
     MAX_BATCH_BYTES,
     Member,
+    Part,
     Room,
     batches,
     parts,
@@ -30,11 +31,13 @@ from schatten.groups import (
     check_layouts,
     check_numbers,
     check_parameters,
-    lr_of,
+    check_stability,
     name_of,
     unpack,
 )
 from schatten.layout import blocks, resolve
+from schatten.retractions import DecoupledDecay
+from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
 
@@ -59,7 +62,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         rules: overrides for a module's routes, see `schatten.plan`.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
             at least. Less saves memory, more saves nothing from some 100 MiB on.
-        hyperparameters: the numbers the rule's signal reads, such as `momentum=0.95`.
+        hyperparameters: the numbers the rule reads, such as `momentum=0.95` or `betas=(0.9, 0.99)`.
 
     State, made at construction: what the signal keeps (one tensor per matrix for `Momentum`) and two counters; half
     precision parameters have fp32 state. Raises ValueError or TypeError for a parameter or number no rule can use; the
@@ -75,6 +78,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         >>> bool(((W.diagonal() + 0.1).abs() < 0.02).all())
         True
     """
+
+    # Where a module's parameters go that are no hidden matrices, see `schatten.plan`.
+    others: ClassVar[str] = "adamw"
 
     plan: Plan | None
 
@@ -106,10 +112,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
             defaults["rule"] = rule
         if isinstance(max_batch_bytes, bool) or not isinstance(max_batch_bytes, int) or max_batch_bytes < 1:
             raise ValueError(f"max_batch_bytes must be a positive number of bytes, got {max_batch_bytes!r}.")
+        if type(self).rule is SpectralOptimizer.rule:
+            known = (Rule() if rule is None else rule).hyperparameters
+            if unknown := [key for key in hyperparameters if key not in known]:
+                raise TypeError(
+                    f"This rule reads {', '.join(known) or 'no numbers'} besides lr and weight_decay, got {unknown}."
+                )
         self.max_batch_bytes = max_batch_bytes
         self.plan = None
         if isinstance(params, nn.Module):
-            self.plan = plan(params, rules)
+            self.plan = plan(params, rules, others=self.others)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
         elif rules:
             raise ValueError("rules route a module's parameters by name: pass the module itself instead of its parameters.")
@@ -155,9 +167,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         check_parameters(group)
         if spectral:
             check_layouts(group)
-            check_numbers(group, self.rule(group).signal.hyperparameters)
+            check_numbers(group, self.rule(group).hyperparameters)
         else:
             check_numbers(group)
+        if not spectral or self.rule(group).retraction != DecoupledDecay("implicit"):
+            check_stability(group)
         keys = set(group)
         self._refuse_duplicates(group)
         names = group.pop("param_names", None)
@@ -177,11 +191,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
 
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        like = torch.empty_like(p, dtype=wide(p.dtype), memory_format=torch.contiguous_format)
         if group["algorithm"] == "adamw":
+            like = torch.empty_like(p, dtype=wide(p.dtype), memory_format=torch.contiguous_format)
             state = {key: torch.zeros_like(like) for key in STATE_KEYS}
         else:
-            state = self.rule(group).signal.init(like)
+            like = torch.empty(blocks(_layout(p, group), p.shape), dtype=wide(p.dtype), device=p.device)
+            state = {key: _stored(value, like, p) for key, value in self.rule(group).init(like).items()}
         counters = {key: torch.zeros((), device=p.device) for key in COUNTERS}
         return {**state, **counters}
 
@@ -194,10 +209,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self.evaluate(closure)
         self._refuse_unusable_gradients()
         index = 0
         room = Room()
@@ -214,6 +226,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 for batch in batches(stepped, self.max_batch_bytes):
                     self._spectral_step_(batch, rule, group, room)
         return loss
+
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """How a step gets its gradients: by `closure`, if there is one; its value is returned.
+
+        A preset whose rule needs another evaluation (at other weights, or of the loss alone) overrides this.
+        """
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
 
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
@@ -240,7 +262,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             batch = without_non_finite(batch, self.state)
             if not batch:
                 return
-        pieces = parts(batch, self.state, matrices, rule.signal.elementwise and rule.retraction.elementwise)
+        whole = Part([(index, p, self.state[p]) for index, p in batch], matrices)
+        whole.count_()
+        pieces = parts(whole, rule.signal.elementwise and rule.retraction.elementwise)
         S = None
         for part, at in places(pieces):
             signal, new_state = rule.signal(part.gradients(group["maximize"]), part.state(), group)
@@ -251,13 +275,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 S = room.like(signal, (len(batch), *matrices)) if S is None else S
                 part.of(S[at]).copy_(signal)
         assert S is not None
-        D = rule.map.grad(S)
-        lr = lr_of(group)
-        length = lr * rule.scale(D)
-        decay = lr * group["weight_decay"]
+        D, new_state = rule.direction(S, whole.state(), group)
+        whole.keep_state_(new_state)
+        length = lr_of(group) * rule.scale(D)
         for part, at in places(pieces):
             own = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
-            W = rule.retraction(part.weights(), part.of(D[at]), own, decay)
+            W, new_state = rule.retraction(part.weights(), part.of(D[at]), own, part.state(), group)
+            part.keep_state_(new_state)
             part.keep_weights_(W, group["rounding"], [_seed(group, index) for index in part.indices])
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
@@ -307,6 +331,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
 def _layout(p: Tensor, group: Mapping[str, Any]) -> str:
     return resolve(group["layout"], tuple(p.shape), "parameter")
+
+
+def _stored(value: Tensor, like: Tensor, p: Tensor) -> Tensor:
+    """State of one parameter as it is kept: in its shape where that is the matrices' own, without a single block otherwise."""
+    if value.shape == like.shape:
+        return value.reshape(p.shape)
+    return value[0] if like.shape[0] == 1 else value
 
 
 def _seed(group: Mapping[str, Any], index: int) -> int:

@@ -110,8 +110,11 @@ class Plan:
         return totals
 
 
-def plan(model: nn.Module, rules: Sequence[tuple[Any, ...]] = ()) -> Plan:
+def plan(model: nn.Module, rules: Sequence[tuple[Any, ...]] = (), *, others: str = "adamw") -> Plan:
     """Decide for every trainable parameter of `model` between the spectral rule and AdamW, by the module that owns it.
+
+    `others` says where what is no hidden matrix goes: `"adamw"`, or `"spectral"`, to the same rule as the hidden matrices
+    but read as one vector (layout `"flat"`), for rules that act on entries or on whole tensors.
 
     `rules` are overrides `(glob, route)` or `(glob, route, options)`: the first whose glob matches a parameter's name
     wins; `options` is a dict of group options, such as `{"lr": 1e-4}` or `{"layout": "experts"}`.
@@ -131,6 +134,8 @@ def plan(model: nn.Module, rules: Sequence[tuple[Any, ...]] = ()) -> Plan:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"plan reads a torch.nn.Module, got {type(model).__name__}.")
+    if others not in ALGORITHMS:
+        raise ValueError(f"others must be one of {', '.join(map(repr, ALGORITHMS))}, got {others!r}.")
     overrides = [_rule(entry) for entry in rules]
     owners = _owners(model)
     tables, heads = _embeddings(owners), _heads(owners)
@@ -150,7 +155,10 @@ def plan(model: nn.Module, rules: Sequence[tuple[Any, ...]] = ()) -> Plan:
             entries.append(_entry(name, p, route, f"rule {glob!r}", options))
         else:
             route, reason = _route(p, owners[id(p)], tables, heads)
-            entries.append(_entry(name, p, route, reason, {"layout": "conv"} if "convolution" in reason else {}))
+            options = {"layout": "conv"} if "convolution" in reason else {}
+            if route != "spectral" and others == "spectral":
+                route, options = "spectral", {"layout": "flat"}
+            entries.append(_entry(name, p, route, reason, options))
     for (glob, _, _), hit in zip(overrides, matched, strict=True):
         if not hit:
             names = ", ".join(name for name, _ in list(model.named_parameters())[:5])

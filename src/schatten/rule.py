@@ -3,11 +3,16 @@
 gradient --signal--> S --map--> D --scale--> U --retraction--> weight
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from torch import Tensor
+
+from schatten.directions import Direction, State
 from schatten.maps import Map, Nuclear
 from schatten.retractions import DecoupledDecay, Retraction
-from schatten.scales import Scale
+from schatten.scales import Factor, Scale
 from schatten.signals import Momentum, Signal
 
 
@@ -26,22 +31,44 @@ class Rule:
     """
 
     signal: Signal = field(default_factory=Momentum)
-    map: Map = field(default_factory=Nuclear)
-    scale: Scale = field(default_factory=Scale)
+    map: Map | Direction = field(default_factory=Nuclear)
+    scale: Factor = field(default_factory=Scale)
     retraction: Retraction = field(default_factory=DecoupledDecay)
 
     def __post_init__(self) -> None:
-        slots = {"signal": Signal, "map": Map, "scale": Scale, "retraction": Retraction}
-        for name, kind in slots.items():
+        slots = {"signal": (Signal,), "map": (Map, Direction), "scale": (Factor,), "retraction": (Retraction,)}
+        for name, kinds in slots.items():
             filling = getattr(self, name)
             # A class has its instances' methods too, and would fail only in the first step.
-            if isinstance(filling, type) or not isinstance(filling, kind):
+            if isinstance(filling, type) or not isinstance(filling, kinds):
                 what = (
                     f"the class {filling.__name__}: write {filling.__name__}(...)"
                     if isinstance(filling, type)
                     else f"{filling!r}"
                 )
-                raise TypeError(f"{name} must be a {kind.__name__.lower()} of schatten.{name}s, got {what}.")
+                raise TypeError(f"{name} must be a {name} of schatten.{name}s, got {what}.")
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """The numbers besides lr and weight_decay that the slots read from a param group."""
+        parts = (self.signal, self.map, self.retraction)
+        return tuple(dict.fromkeys(key for part in parts for key in getattr(part, "hyperparameters", ())))
+
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        """The state of one parameter, W an empty tensor (blocks, fan_out, fan_in) of the state's precision."""
+        state: dict[str, Tensor] = {}
+        for part in (self.signal, self.map, self.retraction):
+            own = {} if isinstance(part, Map) else part.init(W)
+            if shared := set(own) & set(state):
+                raise ValueError(f"Two slots of a rule keep state under one name, {sorted(shared)}: {self!r}.")
+            state.update(own)
+        return state
+
+    def direction(self, S: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """D of the signal S by the map or what stands in its place, and its new state."""
+        if isinstance(self.map, Map):
+            return self.map.grad(S), {}
+        return self.map(S, state, group)
 
     def describe(self, weight_decay: float, fan_out: int, fan_in: int) -> str:
         """What decoupled decay makes this rule solve for a fan_out x fan_in matrix."""

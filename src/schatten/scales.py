@@ -7,7 +7,9 @@ of them use it for different factors.
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 NAMES = ("adamw-rms", "keller", "mup", "none")
@@ -20,6 +22,18 @@ ALIASES = {
     "spectral_norm": "mup",  # Dion, gram-newton-schulz
     "unit_rms_norm": "mup",  # Emerging-Optimizers
 }
+
+
+@runtime_checkable
+class Factor(Protocol):
+    """A scale: `factor` is what a shape implies, the call what these directions (*b, fan_out, fan_in) get.
+
+    The call returns a number, or a tensor (*b, 1, 1) where it is measured.
+    """
+
+    def factor(self, fan_out: int, fan_in: int) -> float: ...
+
+    def __call__(self, D: Tensor) -> float | Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -67,3 +81,34 @@ class Scale:
     def __call__(self, D: Tensor) -> float:
         """c of directions D of shape (*b, fan_out, fan_in)."""
         return self.factor(*D.shape[-2:])
+
+
+@dataclass(frozen=True)
+class RMS:
+    """The measured factor that makes the root mean square of an update's entries `target`: target sqrt(mn) / ||D||_F.
+
+    One lr then serves directions of any size, such as all spectral powers, and with 0.2 it is AdamW's. Of U V^T it is
+    0.2 sqrt(max(m, n)), the `adamw-rms` factor, which is what `factor` returns. A zero direction stays zero.
+
+    Raises ValueError for a target outside (0, inf).
+
+    Example:
+        >>> import torch, schatten
+        >>> float(schatten.scales.RMS(0.2)(torch.full((2, 2), 4.0)))
+        0.05000000074505806
+    """
+
+    target: float = 0.2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, bool) or not isinstance(self.target, (int, float)) or not 0 < self.target < math.inf:
+            raise ValueError(f"target must lie in (0, inf), got {self.target!r}.")
+
+    def factor(self, fan_out: int, fan_in: int) -> float:
+        """c of a semi-orthogonal fan_out x fan_in direction."""
+        return self.target * math.sqrt(max(fan_out, fan_in))
+
+    def __call__(self, D: Tensor) -> Tensor:
+        """c of directions D of shape (*b, fan_out, fan_in), as (*b, 1, 1)."""
+        size = torch.linalg.vector_norm(D, dim=(-2, -1), keepdim=True)
+        return torch.where(size > 0, self.target * math.sqrt(D.shape[-2] * D.shape[-1]) / size, 0.0)

@@ -133,7 +133,7 @@ def test_a_solver_that_is_none_is_refused_at_construction_not_in_the_first_step(
     ("group", "words"),
     [
         ({"algorithm": "sgd"}, r"algorithm must be one of 'spectral', 'adamw', got 'sgd'"),
-        ({"layout": "linear"}, r"layout must be one of 'auto', 'matrix', 'conv', 'experts', got 'linear'"),
+        ({"layout": "linear"}, r"layout must be one of 'auto', 'matrix', 'conv', 'experts', 'flat', got 'linear'"),
     ],
 )
 def test_unknown_group_options_are_refused(group, words):

@@ -90,7 +90,9 @@ def test_every_hyperparameter_is_in_defaults_and_in_every_spectral_group():
 
 
 def test_an_adamw_group_has_adamw_options_and_no_spectral_ones():
-    opt = schatten.Muon([{"params": [matrix(5)], "algorithm": "adamw"}], lr=0.2, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
+    opt = schatten.Muon(
+        [{"params": [matrix(5)], "algorithm": "adamw"}], lr=0.2, weight_decay=0.3, adamw={"betas": (0.8, 0.9), "eps": 1e-6}
+    )
     (group,) = opt.param_groups
     assert {k: group[k] for k in ("lr", "weight_decay", "betas", "eps")} == {
         "lr": 0.2,

@@ -61,7 +61,7 @@ def test_a_scheduler_gives_the_series_it_gives_torch_muon_and_the_steps_follow_i
 def test_momentum_is_cycled_in_spectral_groups_and_as_beta1_in_adamw_groups():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    opt = schatten.Muon(model, lr=0.05, betas=(0.8, 0.99))
+    opt = schatten.Muon(model, lr=0.05, adamw={"betas": (0.8, 0.99)})
     start = [p.detach().clone() for p in opt.param_groups[1]["params"]]
     cycle = SCHEDULERS["OneCycleLR"]
     seen, weights = series(opt, cycle)

@@ -44,7 +44,7 @@ def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, betas:
         return torch.optim.AdamW([dict(g) for g in groups], lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     preset = {n.lower(): getattr(schatten.presets, n) for n in schatten.presets.__all__}[name]
     rules = [(entry.name, "adamw", {"weight_decay": 0.0}) for entry in plan if len(entry.shape) < 2]
-    return preset(model, lr=lr, weight_decay=weight_decay, betas=betas, rules=rules)
+    return preset(model, lr=lr, weight_decay=weight_decay, adamw={"betas": betas}, rules=rules)
 
 
 def bounds(optimizer: torch.optim.Optimizer) -> dict[str, float]:

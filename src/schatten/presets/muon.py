@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from schatten.batching import MAX_BATCH_BYTES
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
-from schatten.retractions import DecoupledDecay
+from schatten.retractions import Retraction, named
 from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import Momentum
@@ -36,10 +36,10 @@ class Muon(SpectralOptimizer):
             Emerging-Optimizers' names are understood too.
         solver: how U V^T is computed; default `schatten.solvers.polynomial()`.
         form: `"ema"` or `"sum"` momentum; the direction is the same, the state differs by the factor 1 - beta.
-        decay: `"explicit"` or `"implicit"` decoupled decay.
+        decay: `"explicit"`, `"implicit"` or `"cautious"` decoupled decay, or a retraction of `schatten.retractions`.
         rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
         maximize: ascend.
-        betas, eps: of the AdamW groups.
+        adamw: `betas` and `eps` of the AdamW groups.
         rules: overrides for a module's routes, see `schatten.plan`.
         max_batch_bytes: what a step may allocate at a time, default 160 MiB.
 
@@ -71,11 +71,10 @@ class Muon(SpectralOptimizer):
         scale: str = "adamw-rms",
         solver: Solver | None = None,
         form: str = "ema",
-        decay: str = "explicit",
+        decay: str | Retraction = "explicit",
         rounding: str = "stochastic",
         maximize: bool = False,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        adamw: Mapping[str, Any] | None = None,
         rules: Sequence[tuple[Any, ...]] = (),
         max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
@@ -91,7 +90,7 @@ class Muon(SpectralOptimizer):
             decay=decay,
             rounding=rounding,
             maximize=maximize,
-            adamw={"betas": betas, "eps": eps},
+            adamw=adamw,
             rules=rules,
             max_batch_bytes=max_batch_bytes,
         )
@@ -102,5 +101,5 @@ class Muon(SpectralOptimizer):
             Momentum(form=group["form"], nesterov=group["nesterov"]),
             Nuclear(group["solver"]),
             Scale(group["scale"]),
-            DecoupledDecay(group["decay"]),
+            named(group["decay"]),
         )

@@ -1,30 +1,13 @@
-"""Signals: what a rule makes of its gradients before the map sees them.
-
-A signal is a frozen dataclass. `hyperparameters` names the numbers it reads from the param group, `elementwise` says that
-it may be given any rows of a matrix, `init(W)` makes the state of a matrix, and the call `(G, state, group) -> (S, new
-state)` is pure.
-"""
+"""Heavy-ball momentum: Muon's signal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-State = Mapping[str, Tensor]
-
-
-@runtime_checkable
-class Signal(Protocol):
-    """`(G, state, group) -> (S, new state)` with G, S and every state tensor of one shape."""
-
-    hyperparameters: ClassVar[tuple[str, ...]]
-    elementwise: ClassVar[bool]
-
-    def init(self, W: Tensor) -> dict[str, Tensor]: ...
-
-    def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
+from schatten.signals.core import State
 
 
 @dataclass(frozen=True)

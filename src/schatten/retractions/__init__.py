@@ -1,0 +1,11 @@
+"""Retractions: how a direction reaches the weight, as frozen dataclasses (`schatten.retractions.core`)."""
+
+from schatten.retractions.cautious_decay import CautiousDecay
+from schatten.retractions.core import Retraction
+from schatten.retractions.decoupled_decay import DecoupledDecay
+from schatten.retractions.fixed_norm import FixedNorm
+from schatten.retractions.named import named
+from schatten.retractions.tied_decay import TiedDecay
+from schatten.retractions.update_floor import UpdateFloor
+
+__all__ = ["CautiousDecay", "DecoupledDecay", "FixedNorm", "Retraction", "TiedDecay", "UpdateFloor", "named"]

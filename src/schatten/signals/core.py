@@ -1,0 +1,27 @@
+"""The protocol of a signal."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class Signal(Protocol):
+    """`(G, state, group) -> (S, new state)`, pure.
+
+    G and S are stacks of matrices (parameters, blocks, fan_out, fan_in). `init(W)` makes the state of one parameter, given
+    an empty tensor (blocks, fan_out, fan_in) of the precision of state; each tensor starts with the dimension `blocks`.
+    `state` is what `init` made, stacked over parameters, and under `"step"` the number of steps of each parameter, this one
+    included, as (parameters, 1, 1, 1). `hyperparameters` names the numbers read from the group. `elementwise` promises
+    that every state tensor has the matrix's shape and that any rows of a matrix may be given without the others.
+    """
+
+    hyperparameters: ClassVar[tuple[str, ...]]
+    elementwise: ClassVar[bool]
+
+    def init(self, W: Tensor) -> dict[str, Tensor]: ...
+
+    def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
