@@ -1,7 +1,8 @@
-"""Spectral powers U S^p V^T for any p in [-0.9, 1], as what fills the map's slot, with the scales and rates that belong to p."""
+"""Spectral powers U S^p V^T for any p in [-0.9, 1]: what fills the map's slot, and the scales and rates that belong to p."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -74,5 +75,5 @@ def power_lr(p: float, normalize: str | None, published: Sequence[tuple[float, f
         return 1e-3
     if p <= published[0][0]:
         return published[0][1]
-    (low, a), (high, b) = next(pair for pair in zip(published, published[1:], strict=False) if p <= pair[1][0])
+    (low, a), (high, b) = next(pair for pair in pairwise(published) if p <= pair[1][0])
     return a * (b / a) ** ((p - low) / (high - low))

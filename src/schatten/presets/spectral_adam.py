@@ -11,7 +11,6 @@ from schatten.rule import Rule
 from schatten.signals import AdamRatio
 from schatten.solvers import FunctionSolver, Solver
 
-
 # Best matrix learning rates of the paper's GPT-2 sweep (its figure data), by exponent.
 PUBLISHED = ((0.0, 7e-3), (0.25, 2e-2), (0.5, 1e-2), (1.0, 4e-3))
 

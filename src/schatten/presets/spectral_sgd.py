@@ -11,7 +11,6 @@ from schatten.rule import Rule
 from schatten.signals import Momentum
 from schatten.solvers import FunctionSolver, Solver
 
-
 # Best matrix learning rates of the paper's GPT-2 sweep (its figure data), by exponent.
 PUBLISHED = ((0.0, 0.007), (0.25, 0.04), (0.5, 0.2), (1.0, 5.0))
 

@@ -7,11 +7,11 @@ from schatten.retractions.decoupled_decay import DecoupledDecay
 
 def named(decay: str | Retraction) -> Retraction:
     """`"explicit"`, `"implicit"` or `"cautious"` as a retraction; a retraction as it is. ValueError for anything else."""
-    if isinstance(decay, Retraction) and not isinstance(decay, type):
+    if not isinstance(decay, str | type) and isinstance(decay, Retraction):
         return decay
     if decay == "cautious":
         return CautiousDecay()
-    if decay in ("explicit", "implicit"):
+    if decay == "explicit" or decay == "implicit":
         return DecoupledDecay(decay)
     raise ValueError(
         f"decay must be 'explicit', 'implicit', 'cautious' or a retraction of schatten.retractions, got {decay!r}."
