@@ -5,7 +5,7 @@ functional AdamW. Nothing in a step waits for the device: a non-finite gradient 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         rules: overrides for a module's routes, see `schatten.plan`.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
             at least. Less saves memory, more saves nothing from some 100 MiB on.
+        layout: how spectral groups that do not say so read their tensors as matrices.
         hyperparameters: the numbers the rule reads, such as `momentum=0.95` or `betas=(0.9, 0.99)`.
 
     State, made at construction: what the signal keeps (one tensor per matrix for `Momentum`) and two counters; half
@@ -80,7 +81,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     """
 
     # Where a module's parameters go that are no hidden matrices, see `schatten.plan`.
-    others: ClassVar[str] = "adamw"
+    others: str = "adamw"
 
     plan: Plan | None
 
@@ -96,6 +97,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         adamw: Mapping[str, Any] | None = None,
         max_batch_bytes: int = MAX_BATCH_BYTES,
+        layout: str = "auto",
         **hyperparameters: Any,
     ) -> None:
         defaults = {
@@ -103,7 +105,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "rounding": rounding,
             "maximize": maximize,
-            "layout": "auto",
+            "layout": layout,
             **hyperparameters,
             # Nested, because torch's momentum-cycling schedulers look for "betas" here and would then cycle only those.
             "adamw": {**ADAMW_DEFAULTS, **(adamw or {})},

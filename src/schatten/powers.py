@@ -11,7 +11,7 @@ from schatten.directions import Direction, NoK, State
 from schatten.functions import spectral_power
 from schatten.maps import Map, Nuclear, Power
 from schatten.scales import RMS, Factor, Scale
-from schatten.solvers import FunctionSolver, Solver, polynomial, tower
+from schatten.solvers import FunctionSolver, polynomial, tower
 from schatten.solvers.power_function import PowerFunction
 
 
@@ -46,17 +46,18 @@ class NegativePower(NoK):
 
 
 def spectral_direction(p: float, solver: Any = None) -> Map | Direction:
-    """What computes U S^p V^T: `Nuclear`, `Power(p)`, the signal itself for p = 1, `NegativePower` below 0."""
+    """What computes U S^p V^T: `Nuclear`, `Power(p)`, the signal itself for p = 1, `NegativePower` below 0.
+
+    `solver` is a `Solver` for p = 0 and a `FunctionSolver` for the other powers, p = 1 needs none.
+    """
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not -0.9 <= p <= 1:
         raise ValueError(f"p must lie in [-0.9, 1], got {p!r}.")
-    wanted = Solver if p == 0 else FunctionSolver
-    if solver is not None and (isinstance(solver, type) or not isinstance(solver, wanted)):
-        what = "polynomial() or svd()" if p == 0 else "tower() or svd()"
-        raise TypeError(f"solver must compute U S^{p:g} V^T, as schatten.solvers.{what} does; got {solver!r}.")
     if p == 0:
         return Nuclear(polynomial() if solver is None else solver)
     if p == 1:
         return Power(1.0, over="entries")
+    if solver is not None and (isinstance(solver, type) or not isinstance(solver, FunctionSolver)):
+        raise TypeError(f"solver must compute U S^{p:g} V^T, as schatten.solvers.tower() and svd() do; got {solver!r}.")
     if p > 0:
         return Power(p, solver=tower() if solver is None else solver)
     return NegativePower(p, solver)

@@ -1,6 +1,7 @@
 """Retractions: how a direction reaches the weight, as frozen dataclasses (`schatten.retractions.core`)."""
 
 from schatten.retractions.cautious_decay import CautiousDecay
+from schatten.retractions.composite_step import CompositeStep
 from schatten.retractions.core import Retraction
 from schatten.retractions.decoupled_decay import DecoupledDecay
 from schatten.retractions.fixed_norm import FixedNorm
@@ -8,4 +9,4 @@ from schatten.retractions.named import named
 from schatten.retractions.tied_decay import TiedDecay
 from schatten.retractions.update_floor import UpdateFloor
 
-__all__ = ["CautiousDecay", "DecoupledDecay", "FixedNorm", "Retraction", "TiedDecay", "UpdateFloor", "named"]
+__all__ = ["CautiousDecay", "CompositeStep", "DecoupledDecay", "FixedNorm", "Retraction", "TiedDecay", "UpdateFloor", "named"]

@@ -5,5 +5,6 @@ from schatten.signals.core import Signal, State
 from schatten.signals.gradient import Gradient
 from schatten.signals.momentum import Momentum
 from schatten.signals.two_beta import TwoBeta
+from schatten.signals.variance_reduced import VarianceReduced
 
-__all__ = ["AdamRatio", "Gradient", "Momentum", "Signal", "State", "TwoBeta"]
+__all__ = ["AdamRatio", "Gradient", "Momentum", "Signal", "State", "TwoBeta", "VarianceReduced"]

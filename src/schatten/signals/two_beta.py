@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class TwoBeta:
         (0.5, 0.25)
     """
 
-    form: Literal["paper", "site"] = "paper"
+    form: str = "paper"
 
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas",)
     elementwise: ClassVar[bool] = True

@@ -1,0 +1,157 @@
+"""Muon-MVR: Muon of variance-reduced momentum, with the stored gradient (MVR1) or a second one at the old weights (MVR2)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schatten.batching import wide
+from schatten.maps import Nuclear
+from schatten.optimizer import SpectralOptimizer
+from schatten.retractions import Retraction, named
+from schatten.rule import Rule
+from schatten.scales import Scale
+from schatten.signals import VarianceReduced
+from schatten.solvers import Solver, polynomial
+
+
+class MuonMVR(SpectralOptimizer):
+    r"""Muon-MVR1 and -MVR2 (arXiv 2509.15816): Muon of a momentum that gradient differences correct.
+
+        C = G + gamma beta / (1 - beta) (G - G'),   C <- C / max(1, ||C||_F),   M <- beta M + (1 - beta) C,
+        W <- (1 - lr lambda) W - lr c U V^T of M
+
+    MVR1 takes for G' the gradient of the last step. MVR2 (`exact=True`) needs this step's sample at the last weights, so two
+    evaluations a step: pass a closure to `step`, which is called twice, or evaluate in `previous_weights()`:
+
+        loss(model(x)).backward()
+        with opt.previous_weights():
+            loss(model(x)).backward()
+        opt.step()
+
+    gamma = 1 without the clip is STORM. The constraint under decay is Muon's, ||W||_op <= c / lambda.
+
+    Differences from the released code: none known; the official code is not public, defaults are those it was reported with.
+
+    Args:
+        params: a module, or matrices.
+        lr: learning rate, with the default scale in AdamW's units.
+        weight_decay: decoupled decay lambda.
+        momentum: beta.
+        gamma: strength of the correction; 0.1 for CIFAR-10, 0.05 at 1B parameters.
+        clip: bound ||C||_F of each matrix by 1.
+        exact: MVR2.
+        scale, solver, decay: see `Muon`.
+        options: of `SpectralOptimizer`.
+
+    State: two tensors per matrix; with `exact` another copy of every parameter.
+
+    Example:
+        >>> import torch, schatten
+        >>> W = torch.nn.Parameter(torch.eye(2))
+        >>> opt = schatten.MuonMVR([W], exact=True)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = W.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> round(opt.step(closure).item(), 3), round(opt.step(closure).item(), 3) < 2
+        (2.0, True)
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 3e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        *,
+        gamma: float = 0.025,
+        clip: bool = True,
+        exact: bool = False,
+        scale: str = "adamw-rms",
+        solver: Solver | None = None,
+        decay: str | Retraction = "explicit",
+        **options: Any,
+    ) -> None:
+        signal = VarianceReduced(gamma, clip, exact)
+        rule = Rule(signal, Nuclear(polynomial() if solver is None else solver), Scale(scale), named(decay))
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
+
+    # Whether gradients at the previous weights were taken since the last step.
+    _evaluated = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether a group's rule needs gradients at the previous weights."""
+        return any(_is_exact(self.rule(group)) for group in self.param_groups if group["algorithm"] == "spectral")
+
+    def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        state = super()._fresh_state(p, group)
+        # Of every parameter: the second gradient is of the whole model at its previous weights.
+        if group["algorithm"] == "adamw" or _is_exact(self.rule(group)):
+            state["previous_weight"] = p.detach().to(wide(p.dtype), copy=True, memory_format=torch.contiguous_format)
+        return state
+
+    @contextmanager
+    def previous_weights(self) -> Iterator[None]:
+        """Inside, parameters hold the weights before the last step; gradients computed there become MVR2's G'.
+
+        Gradients taken before are put back at the end, so it may come before or after the evaluation at the new weights.
+        Scale and accumulate both alike. Raises RuntimeError for MVR1, whose G' is kept from the last step.
+        """
+        if not self.exact:
+            raise RuntimeError("previous_weights() is for MVR2: build the optimizer with exact=True.")
+        params = [p for group in self.param_groups for p in group["params"]]
+        kept = [(p.detach().clone(), p.grad) for p in params]
+        for p in params:
+            p.grad = None
+        with torch.no_grad():
+            for p in params:
+                p.copy_(self.state[p]["previous_weight"] if self._started else p)
+        try:
+            yield
+            self._keep_previous_gradients()
+        finally:
+            with torch.no_grad():
+                for p, (weight, grad) in zip(params, kept, strict=True):
+                    p.copy_(weight)
+                    p.grad = grad
+
+    @property
+    def _started(self) -> bool:
+        # Before the first step the kept weights may be older than ones loaded into the model since.
+        return any(group["step"] > 0 for group in self.param_groups)
+
+    @torch.no_grad()
+    def _keep_previous_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["algorithm"] == "spectral" and p.grad is not None:
+                    self.state[p]["previous_gradient"].copy_(-p.grad if group["maximize"] else p.grad)
+        self._evaluated = True
+
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """Call `closure` at the previous and at the present weights (MVR2), or once (MVR1)."""
+        if not self.exact:
+            return super().evaluate(closure)
+        if closure is not None and self._started:
+            with self.previous_weights(), torch.enable_grad():
+                closure()
+        if self._started and not self._evaluated:
+            raise RuntimeError(
+                "MuonMVR(exact=True) needs this step's gradient at the previous weights too: pass a closure to step(), or "
+                "evaluate the loss again in `with opt.previous_weights():`. No weight was changed."
+            )
+        loss = super().evaluate(closure)
+        self._evaluated = False
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["previous_weight"].copy_(p)
+        return loss
+
+
+def _is_exact(rule: Rule) -> bool:
+    return isinstance(rule.signal, VarianceReduced) and rule.signal.exact
