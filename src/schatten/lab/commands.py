@@ -11,6 +11,8 @@ from schatten.lab.config import CompareConfig
 from schatten.lab.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+lab = typer.Typer(no_args_is_help=True, help="Published experiments, run anew beside what was published.")
+app.add_typer(lab, name="lab")
 
 # The same grid for every optimizer unless --lrs says otherwise.
 DEFAULT_LRS = "1e-3,2e-3,4e-3,8e-3"
@@ -122,6 +124,36 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} is no run folder: it has no config.json.")
     console().print(f"report: {write_report(folder)}")
+
+
+@lab.command("list")
+def list_experiments() -> None:
+    """List the experiments, one line each."""
+    from schatten.lab.experiments import known
+
+    for name, experiment in known().items():
+        console().print(f"{name:12} {experiment.question} ({experiment.source})", highlight=False)
+
+
+@lab.command("run")
+def run_experiment(
+    name: Annotated[str, typer.Argument(help="An experiment; `schatten lab list` lists them.")],
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for NAME.json, which is replaced if it is there.")] = Path("runs/lab"),
+) -> None:
+    """Run a published experiment, show its table beside the published one, and leave its rows in NAME.json."""
+    from schatten.lab.experiments import known
+
+    experiments = known()
+    if name not in experiments:
+        raise InputError(f"NAME has no {name!r}: known are {', '.join(experiments)}.")
+    if seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {seeds}.")
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise InputError(f"--out {out} is a file or in one: name a folder.")
+    rows = experiments[name].run(seeds, out, console())
+    console().print(experiments[name].table(rows))
+    console().print(f"rows: {out / f'{name}.json'}")
 
 
 def grids(entries: list[str], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from schatten.retractions.core import State, Stateless, lr_of
 
-# Beyond the norm of any weight's rounding error, and far below that of a weight that is trained.
-TINY = 1e-30
-
 
 @dataclass(frozen=True)
 class FixedNorm(Stateless):
-    """W' = W - lr ||W||_F D / ||D||_F,  W <- R W' / ||W'||_F with R = ||W_0||_F (Hyperball, arXiv 2606.16899).
+    """W' = W - lr R D / ||D||_F,  W <- R W' / ||W'||_F with R = ||W_0||_F (Hyperball, arXiv 2606.16899).
 
     lr is the angle of a step: neither a shape factor nor weight_decay is used. R is read at the first step of each matrix
     and kept (state: one number per matrix), so rounding cannot make it drift. A matrix that is zero has no direction to
@@ -38,15 +35,18 @@ class FixedNorm(Stateless):
     def __call__(
         self, W: Tensor, D: Tensor, length: float | Tensor, state: State, group: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        size = norm(W)
-        radius = torch.where(state["radius"] > 0, state["radius"], size)
-        steer = torch.where(radius > 0, size / norm(D).clamp(min=TINY), 1.0)
-        moved = W - D * (lr_of(group) * steer)
-        reached = norm(moved)
-        kept = torch.where((radius > 0) & (reached > 0), moved * (radius / reached.clamp(min=TINY)), moved)
+        size = norm(D)
+        radius = torch.where(state["radius"] > 0, state["radius"], norm(W))
+        moved = W - D * (lr_of(group) * torch.where(radius > 0, ratio(radius, size), 1.0))
+        kept = moved * torch.where((radius > 0) & (size > 0), ratio(radius, norm(moved)), 1.0)
         return kept, {"radius": radius}
 
 
 def norm(X: Tensor) -> Tensor:
     """Frobenius norms, (*b, m, n) -> (*b, 1, 1)."""
     return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    return torch.where(b > 0, a / b, 0.0)

@@ -22,10 +22,11 @@ TOLERATED = 3.0
 MAX_RESTARTS = 3
 
 # Small matrices on which the Gram form must stay in the band, so many that a wrong choice of restarts shows: of Gaussian
-# 2 x 4 matrices one in a thousand leaves it with bf16 restarts before steps 2 and 3, of log-uniform ones one in a hundred.
-SMALL = ((2, 4), (4, 8), (8, 16))
-SMALL_COUNT = 2000
-WIDENING = 0.07
+# 2 x 4 matrices one in a thousand leaves it with bf16 restarts before steps 2 and 3, and with fp16 ones one log-uniform one
+# in ten thousand.
+SMALL = ((2, 4), (3, 7), (4, 8))
+SMALL_COUNT = 8000
+WIDENING = 0.02
 
 # Trial matrices: small, as rounding of one product hardly depends on its size, and as hard as gradients are.
 TRIAL = (24, 96)
@@ -178,18 +179,16 @@ def restarts_for(quintics: tuple[Quintic, ...], dtype: torch.dtype, summed: bool
         return torch.linalg.matrix_norm(Y.double() - exact).nan_to_num(torch.inf)
 
     allowed = TOLERATED * errors(product_form(X.to(dtype), quintics, weights))
-    best: tuple[float, tuple[int, ...]] = (float("inf"), ())
     for count in range(min(MAX_RESTARTS, len(quintics) - 1) + 1):
-        for restarts in combinations(range(1, len(quintics)), count):
-            worst = float((errors(gram_form(X.to(dtype), quintics, weights, restarts=restarts)) / allowed).max())
-            if worst <= 1 and not _bounded(quintics, dtype, weights, restarts):
-                continue
-            if worst < best[0]:
-                best = (worst, restarts)
-        if best[0] <= 1:
-            break
+        worst = {
+            restarts: float((errors(gram_form(X.to(dtype), quintics, weights, restarts=restarts)) / allowed).max())
+            for restarts in combinations(range(1, len(quintics)), count)
+        }
+        for restarts in sorted(worst, key=lambda r: worst[r]):
+            if worst[restarts] <= 1 and _bounded(quintics, dtype, weights, restarts):
+                return restarts
     # Nothing is near enough: a restart before every step, which is the product form at its price.
-    return best[1] if best[0] <= 1 else tuple(range(1, len(quintics)))
+    return tuple(range(1, len(quintics)))
 
 
 def _bounded(
@@ -201,6 +200,18 @@ def _bounded(
     rounding of a Q that enlarges the small direction twentyfold falls on the large one, and an iterate ten percent out of a
     quintic's range is lost in the next steps. In larger matrices rounding errors of many entries cancel.
     """
+    for X in _small():
+        highest = torch.linalg.matrix_norm(product_form(X, quintics, weights), ord=2).max()
+        Y = gram_form(X.to(dtype), quintics, weights, restarts=restarts).double().nan_to_num(1e9, 1e9, -1e9)
+        if torch.linalg.matrix_norm(Y, ord=2).max() > highest * (1 + WIDENING):
+            return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _small() -> list[Tensor]:
+    """Gaussian and log-uniform matrices (b, m, n) of the shapes in `SMALL`, in fp64 with Frobenius norm 1."""
+    found = []
     for m, n in SMALL:
         generator = torch.Generator().manual_seed(m)
         gaussian = torch.randn(SMALL_COUNT, m, n, generator=generator, dtype=torch.float64)
@@ -208,12 +219,8 @@ def _bounded(
         log_uniform = 10 ** (-3 * torch.rand(s.shape, generator=generator, dtype=torch.float64))
         log_uniform[:, 0] = 1
         X = torch.cat([gaussian, (U * log_uniform.unsqueeze(-2)) @ Vh])
-        X = X / torch.linalg.matrix_norm(X, keepdim=True)
-        highest = torch.linalg.matrix_norm(product_form(X, quintics, weights), ord=2).max()
-        Y = gram_form(X.to(dtype), quintics, weights, restarts=restarts).double().nan_to_num(1e9, 1e9, -1e9)
-        if torch.linalg.matrix_norm(Y, ord=2).max() > highest * (1 + WIDENING):
-            return False
-    return True
+        found.append(X / torch.linalg.matrix_norm(X, keepdim=True))
+    return found
 
 
 def _trials() -> Tensor:
