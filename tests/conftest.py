@@ -12,8 +12,14 @@ def seed():
 
 
 @pytest.fixture(params=presets.__all__)
-def preset(request):
+def any_preset(request):
     """Every optimizer of `schatten.presets`; a new file there is tested without being named here."""
+    return getattr(presets, request.param)
+
+
+@pytest.fixture(params=[name for name in presets.__all__ if not getattr(presets, name).needs_closure])
+def preset(request):
+    """Every one that reads gradients: all but the zero-order ones."""
     return getattr(presets, request.param)
 
 

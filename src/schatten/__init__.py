@@ -7,47 +7,73 @@ print(opt.plan)
 
 from importlib.metadata import version
 
-from schatten import directions, maps, presets, retractions, scales, signals, solvers
+from schatten import compressors, directions, maps, presets, retractions, scales, schedules, signals, solvers
+from schatten.ema_nesterov import EMANesterov
 from schatten.functions import apply_map, spectral_power
+from schatten.initialise import init_spectral_
 from schatten.optimizer import SpectralOptimizer
 from schatten.polar import polar
 from schatten.presets import (
+    KLSOAP,
     MARSM,
+    AdaMuon,
+    Dion,
+    Dion2,
+    EF21Muon,
     Fanion,
     FMuon,
+    Hyperball,
     JaguarMuon,
     Lion,
     LionK,
     Muon,
+    MuonEq,
     MuonMVR,
+    MuonPlus,
     MuonPlusPlus,
     Neon,
+    NorMuon,
+    PolarGrad,
     Scion,
     SimplifiedMuon,
     SMuon,
+    SOAPMuon,
     SpectralAdam,
     SpectralSGD,
     TrustRegion,
 )
+from schatten.qk_clip import qk_clip_
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
 
 __version__ = version("schatten")
 
 __all__ = [
+    "KLSOAP",
     "MARSM",
+    "AdaMuon",
+    "Dion",
+    "Dion2",
+    "EF21Muon",
+    "EMANesterov",
     "FMuon",
     "Fanion",
+    "Hyperball",
     "JaguarMuon",
     "Lion",
     "LionK",
     "Muon",
+    "MuonEq",
     "MuonMVR",
+    "MuonPlus",
     "MuonPlusPlus",
     "Neon",
+    "NorMuon",
     "Plan",
+    "PolarGrad",
     "Rule",
     "SMuon",
+    "SOAPMuon",
     "Scion",
     "SimplifiedMuon",
     "SpectralAdam",
@@ -55,13 +81,17 @@ __all__ = [
     "SpectralSGD",
     "TrustRegion",
     "apply_map",
+    "compressors",
     "directions",
+    "init_spectral_",
     "maps",
     "plan",
     "polar",
     "presets",
+    "qk_clip_",
     "retractions",
     "scales",
+    "schedules",
     "signals",
     "solvers",
     "spectral_power",

@@ -33,7 +33,18 @@ class Direction(Protocol):
 
 
 class NoK:
-    """A direction that is no gradient of a convex K and reads no numbers; stateless unless it has its own `init`."""
+    """A direction that is no gradient of a convex K and reads no numbers; stateless unless it has its own `init`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, schatten
+        >>> @dataclass(frozen=True)
+        ... class SignOfPolar(schatten.directions.NoK):
+        ...     def __call__(self, S, state, group):
+        ...         return schatten.polar(S).sign(), {}
+        >>> rule = schatten.Rule(map=SignOfPolar())
+        >>> opt = schatten.SpectralOptimizer([torch.nn.Parameter(torch.zeros(4, 3))], rule, lr=0.01, momentum=0.9)
+    """
 
     hyperparameters: ClassVar[tuple[str, ...]] = ()
 
@@ -46,5 +57,13 @@ class NoK:
 
 
 def rescaled(X: Tensor, size: Tensor, wanted: Tensor | float) -> Tensor:
-    """X wanted / size, where a size of zero gives zero; sizes broadcast against X."""
+    """X wanted / size, where a size of zero gives zero; sizes broadcast against X.
+
+    Example:
+        >>> import torch, schatten
+        >>> X = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+        >>> schatten.directions.rescaled(X, X.norm(dim=-1, keepdim=True), 1.0)
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
     return X * torch.where(size > 0, wanted / size, 0.0)

@@ -83,6 +83,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
     # Where a module's parameters go that are no hidden matrices, see `schatten.plan`.
     others: str = "adamw"
 
+    # Whether `step` needs a closure that returns the loss, because gradients are estimated from it.
+    needs_closure: bool = False
+
     plan: Plan | None
 
     def __init__(
@@ -217,7 +220,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         room = Room()
         for group in self.param_groups:
             group["step"] += 1
-            stepped = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            stepped = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
             index += len(group["params"])
             self._follow_devices(p for _, p in stepped)
             if group["algorithm"] == "adamw":

@@ -74,6 +74,7 @@ class JaguarMuon(SpectralOptimizer):
     """
 
     others = "spectral"
+    needs_closure = True
 
     def __init__(
         self,

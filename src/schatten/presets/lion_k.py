@@ -47,7 +47,7 @@ class LionK(SpectralOptimizer):
     Example:
         >>> import torch, schatten
         >>> W = torch.nn.Parameter(torch.zeros(1, 2))
-        >>> opt = schatten.LionK([W], schatten.maps.L1(), lr=0.5)
+        >>> opt = schatten.LionK([W], schatten.maps.L1(), lr=0.5, weight_decay=0.0)
         >>> W.grad = torch.tensor([[3.0, -4.0]])
         >>> opt.step()
         >>> W.tolist()

@@ -6,7 +6,13 @@ from schatten.retractions.decoupled_decay import DecoupledDecay
 
 
 def named(decay: str | Retraction) -> Retraction:
-    """`"explicit"`, `"implicit"` or `"cautious"` as a retraction; a retraction as it is. ValueError for anything else."""
+    """`"explicit"`, `"implicit"` or `"cautious"` as a retraction; a retraction as it is. ValueError for anything else.
+
+    Example:
+        >>> import schatten
+        >>> schatten.retractions.named("implicit")
+        DecoupledDecay(form='implicit')
+    """
     if not isinstance(decay, str | type) and isinstance(decay, Retraction):
         return decay
     if decay == "cautious":

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from schatten.retractions.cautious_decay import CautiousDecay
@@ -42,5 +43,12 @@ class TiedDecay(Stateless):
         self, W: Tensor, D: Tensor, length: float | Tensor, state: State, group: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if "initial_lr" in group:
-            group = {**group, "weight_decay": group["weight_decay"] * (lr_of(group) / group["initial_lr"])}
+            group = {**group, "weight_decay": group["weight_decay"] * share(lr_of(group), lr_of({"lr": group["initial_lr"]}))}
         return self.retraction(W, D, length, state, group)
+
+
+def share(lr: float | Tensor, first: float | Tensor) -> float | Tensor:
+    """lr / lr_0, and 0 for lr_0 = 0, a group that a schedule keeps where it is."""
+    if isinstance(first, Tensor):
+        return torch.where(first > 0, lr / first, 0.0)
+    return lr / first if first > 0 else 0.0

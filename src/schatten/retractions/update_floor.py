@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from schatten.retractions.core import State, Stateless
+from schatten.retractions.core import State, Stateless, lr_of
 
 DIMS = {"matrix": (-2, -1), "rows": (-1,)}
 
@@ -46,6 +46,6 @@ class UpdateFloor(Stateless):
         dim = DIMS[self.over]
         update = D * length
         size = torch.linalg.vector_norm(update, dim=dim, keepdim=True)
-        least = group["lr"] * self.ratio * torch.linalg.vector_norm(W, dim=dim, keepdim=True)
+        least = lr_of(group) * self.ratio * torch.linalg.vector_norm(W, dim=dim, keepdim=True)
         # Not size.clamp(min=...): a zero direction must not be blown up to the floor by 0 / 0.
         return W - update * torch.where(size > 0, (least / size.clamp(min=1e-30)).clamp(min=1.0), 0.0), {}

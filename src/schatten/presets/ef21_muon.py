@@ -1,0 +1,464 @@
+"""EF21-Muon: workers send compressed changes of their momentum, the server compressed changes of the weights."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from schatten.batching import batches, finite_gradient, wide
+from schatten.compressors import Compressor, Identity, Message, TopK, message_bytes
+from schatten.layout import blocks, resolve
+from schatten.maps import Nuclear
+from schatten.optimizer import SpectralOptimizer
+from schatten.retractions import DecoupledDecay, Retraction, named
+from schatten.rule import Rule
+from schatten.scales import Scale
+from schatten.signals import State
+from schatten.solvers import Solver, polynomial
+
+# More than there are workers: no two messages of a step share their noise, and none is repeated in a later step.
+SENDERS = 1 << 20
+
+SERVER = SENDERS - 1
+
+# What ranks must have in common before the first step, and what to do if they do not.
+COMMON = {
+    "parameters": "build the same model on every rank and pass its parameters in one order",
+    "batches": "give every rank the same number of threads (torch.set_num_threads) and the same max_batch_bytes",
+    "weights": "build the model from one seed on every rank, or broadcast rank 0's weights",
+}
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """The server's estimate of the workers' mean momentum, built from compressed messages; beta = group["momentum"].
+
+        M_j <- beta M_j + (1 - beta) G_j,   R_j = C(M_j - E_j),   E_j <- E_j + R_j,   S <- S + mean of R_j
+
+    Worker j sends R_j, so E_j is what the server knows of M_j and S the mean of all E_j. What C has left out stays in
+    M_j - E_j and is sent later, so E_j tends to M_j where that comes to rest. All start at zero. A rank adds S up over steps,
+    as it does not have the E_j of others, and the rounding errors of a gradient 1e7 times the usual one stay in it (fp32).
+
+    `rank` is the worker that this process is; the messages of the others come through `process_group` (None is the default
+    group), and each rank adds them in the same order. Without a rank all workers are here, and the gradients of more than
+    one are read from state["worker_gradients"], (parameters, blocks, workers, fan_out, fan_in), instead of G.
+
+    State: M_j and E_j; of a rank also S, of several workers here also their gradients. `Identity` needs no E_j and no S.
+
+    Raises TypeError for what is no compressor, ValueError for a number of workers that is no whole number >= 1.
+
+    Example:
+        >>> import torch
+        >>> from schatten.compressors import TopK
+        >>> from schatten.presets.ef21_muon import ErrorFeedback
+        >>> signal = ErrorFeedback(TopK(0.5))
+        >>> G = torch.tensor([[[[4.0, 3.0]]]])
+        >>> state = {key: value.unsqueeze(0) for key, value in signal.init(G[0]).items()}
+        >>> for step in (1, 2):
+        ...     S, state = signal(G, state, {"momentum": 0.0, "step": step})
+        ...     print(S.flatten().tolist())
+        [4.0, 0.0]
+        [4.0, 3.0]
+    """
+
+    compressor: Compressor = field(default_factory=lambda: TopK(0.1))
+    workers: int = 1
+    rank: int | None = None
+    process_group: Any = field(default=None, repr=False, compare=False)
+
+    hyperparameters: ClassVar[tuple[str, ...]] = ("momentum",)
+    elementwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_compressor("compressor", self.compressor)
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers < SERVER:
+            raise ValueError(f"workers must be a whole number >= 1, got {self.workers!r}.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ErrorFeedback":
+        # A process group cannot be copied.
+        return self
+
+    @property
+    def simulated(self) -> bool:
+        """Whether several workers are in this process."""
+        return self.rank is None and self.workers > 1
+
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        own = (W.shape[0], self.workers, *W.shape[1:]) if self.simulated else W.shape
+        shapes = {"momentum_buffer": own}
+        if self.simulated:
+            shapes["worker_gradients"] = own
+        if self.compressor != Identity():
+            shapes["estimate"] = own
+            if self.rank is not None:
+                shapes["server_estimate"] = W.shape
+        return {key: W.new_zeros(shape) for key, shape in shapes.items()}
+
+    def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        G = state["worker_gradients"] if self.simulated else G
+        M = torch.lerp(state["momentum_buffer"], G, 1 - group["momentum"])
+        if self.compressor == Identity():
+            return self._exchanged(M, group["step"])[0], {"momentum_buffer": M}
+        estimate = state["estimate"]
+        mean, own = self._exchanged(M - estimate, group["step"])
+        new = {"momentum_buffer": M, "estimate": estimate + own}
+        if self.rank is not None:
+            S = new["server_estimate"] = state["server_estimate"] + mean
+        else:
+            # Not added up over steps: that would keep the rounding errors of large gradients for ever.
+            S = new["estimate"].mean(2) if self.simulated else new["estimate"]
+        return S, new
+
+    def _exchanged(self, X: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The mean over all workers of C(X), and C(X) of the workers that are here."""
+        shape = X[:, :, 0].shape if self.simulated else X.shape
+        total, own = None, []
+        for j, message in enumerate(self._messages(X, step)):
+            received = self.compressor.decode(message, shape, X.dtype)
+            total = received if total is None else total + received
+            if self.rank in (None, j):
+                own.append(received)
+        assert total is not None
+        return total / self.workers, torch.stack(own, 2) if self.simulated else own[0]
+
+    def _messages(self, X: Tensor, step: int) -> Iterable[Message]:
+        """Every worker's message, in order."""
+        if self.rank is None:
+            here = X.unbind(2) if self.simulated else [X]
+            return (self.compressor.encode(x, _seed(step, j)) for j, x in enumerate(here))
+        gathered = []
+        for sent in self.compressor.encode(X, _seed(step, self.rank)):
+            received = [torch.empty_like(sent) for _ in range(self.workers)]
+            dist.all_gather(received, sent, group=self.process_group)
+            gathered.append(received)
+        return zip(*gathered, strict=True)
+
+
+@dataclass(frozen=True)
+class ServerCompression:
+    """The server's X takes the step of `inner`; what reaches the weight W, on which gradients are taken, is compressed.
+
+        X <- inner(X, D),   W <- W + C(X - W)
+
+    State: X - W, which starts at zero, so that weights may be loaded after construction, and that of `inner`.
+
+    Raises TypeError for what is no compressor.
+
+    Example:
+        >>> import torch, schatten
+        >>> from schatten.compressors import TopK
+        >>> from schatten.presets.ef21_muon import ServerCompression
+        >>> step = ServerCompression(schatten.retractions.DecoupledDecay(), TopK(0.5))
+        >>> W, D, group = torch.zeros(1, 2), torch.tensor([[4.0, 3.0]]), {"lr": 1.0, "weight_decay": 0.0, "step": 1}
+        >>> W, state = step(W, D, 1.0, step.init(W), group)
+        >>> W.tolist(), state["server_error"].tolist()
+        ([[-4.0, 0.0]], [[0.0, -3.0]])
+    """
+
+    inner: Retraction = field(default_factory=DecoupledDecay)
+    compressor: Compressor = field(default_factory=Identity)
+
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_compressor("server_compressor", self.compressor)
+        object.__setattr__(self, "hyperparameters", self.inner.hyperparameters)
+
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        return {"server_error": torch.zeros_like(W), **self.inner.init(W)}
+
+    def __call__(
+        self, W: Tensor, D: Tensor, length: float | Tensor, state: State, group: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        X, new = self.inner(W + state["server_error"], D, length, state, group)
+        message = self.compressor.encode(X - W, _seed(group["step"], SERVER))
+        W = W + self.compressor.decode(message, W.shape, W.dtype)
+        return W, {**new, "server_error": X - W}
+
+
+class EF21Muon(SpectralOptimizer):
+    r"""EF21-Muon (Gruntkowska et al., arXiv 2510.00643): Muon with compressed messages and error feedback both ways.
+
+        M_j <- beta M_j + (1 - beta) G_j,   R_j = C(M_j - E_j),   E_j <- E_j + R_j,   S <- S + mean of R_j
+        X <- (1 - lr lambda) X - lr c msign(S),   W <- W + C_s(X - W)
+
+    Worker j has a loss of its own, whose gradient at W is G_j, and sends R_j to the server, which sends C_s(X - W) back. The
+    direction is taken after averaging: feedback on its own output can fail. With `Identity` both ways and one worker this is
+    Muon without Nesterov; under decay Muon's constraint ||X||_op <= c / lambda is that of X, which W follows.
+
+    Several workers in one process:
+
+        for j in range(opt.workers):
+            with opt.worker(j):
+                loss(j).backward()
+        opt.step()
+
+    Under torch.distributed every rank is one worker, with gradients of its own (no DDP). Messages are gathered on all ranks
+    and each takes the server's step, bit for bit the same on equal hardware; so C_s is computed as a server would, but
+    nothing is sent for it. A parameter that is without gradient on some ranks counts as zero there; one whose gradient is
+    not finite on some is skipped on all. `step` replaces `p.grad` where ranks have to agree; it is never written to.
+
+    Parameters of AdamW groups get the mean gradient, uncompressed. A group may have a compressor of its own, in a rule:
+    `{"params": ..., "rule": Rule(ErrorFeedback(RankK(8)), ...)}`.
+
+    Differences from the paper: estimates start at zero instead of at a first gradient, and decay is added. Its official code
+    was not compared.
+
+    Args:
+        params: a module, or matrices.
+        lr: learning rate, with the default scale in AdamW's units; the paper's radius t is lr c.
+        weight_decay: decoupled decay lambda.
+        momentum: beta.
+        compressor: C, of `schatten.compressors`; default `TopK(0.1)`.
+        server_compressor: C_s; default `Identity()`, no compression.
+        workers: how many are simulated in this process.
+        group: the torch.distributed process group whose ranks are the workers; default all ranks of a job of several.
+        scale, solver, decay: see `Muon`.
+        options: of `SpectralOptimizer`.
+
+    State per matrix: two tensors, with C_s three; a rank one more, N workers in one process 3 N instead of two. With
+    `Identity()` for C one, N ranks one each, N workers in one process 2 N. The state of a rank is its own: save one checkpoint
+    per rank. Another rank's, or one of another number of workers, is refused.
+
+    Raises ValueError or TypeError for what it cannot use, RuntimeError in a step that lacks a worker's gradients or whose
+    ranks have different models; no weight has changed then.
+
+    Example:
+        >>> import torch
+        >>> from schatten.compressors import TopK
+        >>> from schatten.presets.ef21_muon import EF21Muon
+        >>> W = torch.nn.Parameter(torch.zeros(8, 8))
+        >>> opt = EF21Muon([W], lr=0.1, compressor=TopK(0.1), workers=2)
+        >>> for worker, target in enumerate((torch.eye(8), -3 * torch.eye(8))):
+        ...     with opt.worker(worker):
+        ...         (W - target).square().sum().backward()
+        >>> opt.step()
+        >>> metrics = opt.metrics()
+        >>> metrics["bytes_to_server"], metrics["bytes_dense"]
+        (84, 512)
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        *,
+        compressor: Compressor | None = None,
+        server_compressor: Compressor | None = None,
+        workers: int = 1,
+        group: Any = None,
+        scale: str = "adamw-rms",
+        solver: Solver | None = None,
+        decay: str | Retraction = "explicit",
+        **options: Any,
+    ) -> None:
+        size, rank = _place(group)
+        if rank is not None and workers != 1:
+            raise ValueError(
+                f"workers are simulated in one process, but this is one of {size} ranks and each is a worker, got "
+                f"workers={workers!r}: leave it at 1, or pass a group of this process alone."
+            )
+        signal = ErrorFeedback(TopK(0.1) if compressor is None else compressor, workers if rank is None else size, rank, group)
+        retraction = named(decay)
+        if server_compressor not in (None, Identity()):
+            retraction = ServerCompression(retraction, server_compressor)
+        rule = Rule(signal, Nuclear(polynomial() if solver is None else solver), Scale(scale), retraction)
+        # Gradients by worker, until the step that takes them.
+        self._delivered: dict[int, dict[Tensor, Tensor]] = {}
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
+
+    # How many parameters were compared between ranks.
+    _compared = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_delivered": self._delivered}
+
+    @property
+    def _feedback(self) -> ErrorFeedback:
+        return self.defaults["rule"].signal
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are, in this process or as ranks."""
+        return self._feedback.workers
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _has_feedback(self, group: Mapping[str, Any]) -> bool:
+        return group["algorithm"] == "spectral" and isinstance(self.rule(group).signal, ErrorFeedback)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `SpectralOptimizer`'s; a rule of the group's own with an `ErrorFeedback` gets this optimizer's workers."""
+        rule = param_group.get("rule") if isinstance(param_group, dict) else None
+        if isinstance(rule, Rule) and isinstance(rule.signal, ErrorFeedback):
+            signal = replace(self._feedback, compressor=rule.signal.compressor)
+            param_group = {**param_group, "rule": replace(rule, signal=signal)}
+        super().add_param_group(param_group)
+
+    # -- several workers in this process -------------------------------------------------------------------------------
+
+    @contextmanager
+    def worker(self, index: int) -> Iterator[None]:
+        """Gradients computed inside, from none on, are those of worker `index`; those from before are put back at the end.
+
+        The step that follows the last worker replaces every `p.grad` by the mean over workers, in which no gradient counts as
+        zero. A second time for one worker replaces the first. One worker's own gradients become `p.grad` at the end.
+        """
+        feedback = self._feedback
+        here = range(feedback.workers) if feedback.rank is None else [feedback.rank]
+        if index not in here:
+            raise ValueError(f"The workers of this process are {list(here)}, got {index!r}.")
+        params = self._params()
+        kept = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        try:
+            yield
+            self._refuse_unusable_gradients()
+            own = {p: p.grad for p in params if p.grad is not None}
+            if feedback.simulated:
+                self._delivered[index] = own
+            else:
+                kept = [own.get(p) for p in params]
+        finally:
+            for p, grad in zip(params, kept, strict=True):
+                p.grad = grad
+
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """Call `closure` if there is one; then take over the workers' gradients, or agree with the other ranks."""
+        if self._feedback.simulated:
+            self._take_over(closure)
+            return None
+        loss = super().evaluate(closure)
+        if self._feedback.rank is not None:
+            self._refuse_unusable_gradients()
+            self._compare_ranks()
+            self._agree()
+        return loss
+
+    def _take_over(self, closure: Callable[[], Any] | None) -> None:
+        N = self.workers
+        how = "take each worker's gradients in `with opt.worker(j): loss_j.backward()`. No weight was changed."
+        if closure is not None:
+            raise RuntimeError(f"A closure evaluates one loss, but there are {N} workers with one each: {how}")
+        if missing := [j for j in range(N) if j not in self._delivered]:
+            raise RuntimeError(f"A step needs the gradients of all {N} workers, those of {missing} are missing: {how}")
+        delivered = [self._delivered[j] for j in range(N)]
+        self._delivered = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                gradients = [own.get(p) for own in delivered]
+                shares = [g.to(wide(p.dtype)) / N for g in gradients if g is not None]
+                p.grad = sum(shares[1:], shares[0]).to(p.dtype) if shares else None
+                if shares and self._has_feedback(group):
+                    count, *matrix = _blocks(p, group)
+                    kept = self.state[p]["worker_gradients"].view(count, N, *matrix)
+                    for j, g in enumerate(gradients):
+                        kept[:, j] = 0 if g is None else (-g if group["maximize"] else g).reshape(count, *matrix)
+
+    # -- ranks ---------------------------------------------------------------------------------------------------------
+
+    def _compare_ranks(self) -> None:
+        """Before the first step: ranks with different models would wait for each other, or train apart unseen."""
+        params = self._params()
+        if self._compared == len(params):
+            return
+        own = {
+            "parameters": [(tuple(p.shape), str(p.dtype)) for p in params],
+            "batches": [
+                [i for i, _ in batch]
+                for group in self.param_groups
+                for batch in batches(list(enumerate(group["params"])), self.max_batch_bytes)
+            ],
+            "weights": [repr(float(p.sum(dtype=torch.float64))) for p in params],
+        }
+        ranks: list[Any] = [None] * self.workers
+        dist.all_gather_object(ranks, own, group=self._feedback.process_group)
+        for what, way_out in COMMON.items():
+            if other := [j for j, theirs in enumerate(ranks) if theirs[what] != ranks[0][what]]:
+                raise RuntimeError(f"Ranks {other} have other {what} than rank 0: {way_out}. No weight was changed.")
+        self._compared = len(params)
+
+    def _agree(self) -> None:
+        """Gradients of the same parameters on every rank, nan where one is not finite, and the mean where none is sent."""
+        params, process_group = self._params(), self._feedback.process_group
+        device = params[0].device
+        absent = torch.tensor([p.grad is None for p in params], device=device)
+        fine = torch.ones((), dtype=torch.bool, device=device)
+        finite = torch.stack([fine if p.grad is None else finite_gradient(p).to(device) for p in params])
+        flags = torch.stack([absent, finite]).to(torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MIN, group=process_group)
+        # The one place where a step waits for its device: what has a gradient is the host's affair.
+        for p, absent_everywhere, finite_everywhere in zip(params, *flags.tolist(), strict=True):
+            if not finite_everywhere:
+                p.grad = torch.full_like(p, torch.nan)
+            elif p.grad is None and not absent_everywhere:
+                p.grad = torch.zeros_like(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self._has_feedback(group):
+                    mean = (p.grad.to(wide(p.dtype)) / self.workers).contiguous()
+                    dist.all_reduce(mean, group=process_group)
+                    p.grad = mean.to(p.dtype)
+
+    # -- what can be seen ----------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Any]:
+        """Those of `SpectralOptimizer`, and the bytes of all messages so far, of all workers and all parameters.
+
+        `bytes_to_server`, `bytes_to_workers` and, to compare either with, `bytes_dense`: those of fp32 gradients.
+        """
+        to_server = to_workers = dense = 0
+        for group in self.param_groups:
+            up, down = self._compressors(group)
+            for p in group["params"]:
+                messages = self.workers * int(self.state[p]["step"])
+                count, *matrix = _blocks(p, group) if group["algorithm"] == "spectral" else (1, 1, p.numel())
+                to_server += messages * count * _bytes(up, *matrix, wide(p.dtype))
+                to_workers += messages * count * _bytes(down, *matrix, wide(p.dtype))
+                dense += messages * 4 * p.numel()
+        return {**super().metrics(), "bytes_to_server": to_server, "bytes_to_workers": to_workers, "bytes_dense": dense}
+
+    def _compressors(self, group: Mapping[str, Any]) -> tuple[Compressor, Compressor]:
+        rule = self.rule(group)
+        up = rule.signal.compressor if isinstance(rule.signal, ErrorFeedback) else Identity()
+        return up, rule.retraction.compressor if isinstance(rule.retraction, ServerCompression) else Identity()
+
+
+def _check_compressor(name: str, value: object) -> None:
+    if isinstance(value, type) or not isinstance(value, Compressor):
+        raise TypeError(f"{name} must be a compressor of schatten.compressors, such as TopK(0.1), got {value!r}.")
+
+
+def _place(process_group: Any) -> tuple[int, int | None]:
+    """The number of ranks in a process group, or by default in the job, and this one's; None for a process alone."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 1, None
+    size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    if rank < 0:
+        raise ValueError("This process is not in `group`: make the optimizer on the ranks of the group only.")
+    return size, rank if size > 1 else None
+
+
+def _seed(step: int, sender: int) -> int:
+    return step * SENDERS + sender
+
+
+def _blocks(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int, int]:
+    return blocks(resolve(group["layout"], tuple(p.shape), "parameter"), p.shape)
+
+
+@lru_cache(maxsize=256)
+def _bytes(compressor: Compressor, m: int, n: int, dtype: torch.dtype) -> int:
+    if compressor == Identity():
+        return m * n * dtype.itemsize
+    return message_bytes(compressor.encode(torch.zeros(m, n, dtype=dtype), seed=0))
