@@ -58,7 +58,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         weight_decay: decoupled decay lambda.
         rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
         maximize: ascend instead of descend.
-        adamw: defaults of AdamW groups, `betas` and `eps`.
+        adamw: defaults of AdamW groups: `betas`, `eps`, and `lr` or `weight_decay` where they differ from the matrices'.
         rules: overrides for a module's routes, see `schatten.plan`.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
             at least. Less saves memory, more saves nothing from some 100 MiB on.
@@ -82,6 +82,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     # Where a module's parameters go that are no hidden matrices, see `schatten.plan`.
     others: str = "adamw"
+
+    # The lr of AdamW groups where that of matrices is in other units; None where they share it.
+    adamw_lr: float | None = None
 
     # Whether `step` needs a closure that returns the loss, because gradients are estimated from it.
     needs_closure: bool = False
@@ -111,7 +114,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             "layout": layout,
             **hyperparameters,
             # Nested, because torch's momentum-cycling schedulers look for "betas" here and would then cycle only those.
-            "adamw": {**ADAMW_DEFAULTS, **(adamw or {})},
+            "adamw": {**ADAMW_DEFAULTS, **({"lr": self.adamw_lr} if self.adamw_lr else {}), **(adamw or {})},
         }
         if rule is not None:
             defaults["rule"] = rule

@@ -133,6 +133,9 @@ def test_no_gradient_of_one_worker_counts_as_zero_and_of_all_as_none():
     params, gradients = parameters(), drawn(parameters())
     other = copy.deepcopy(params)
     opt, reference = build(params), build(other)
+    first = drawn(params)
+    step(opt, params, first)
+    step(reference, other, first)
     before = snapshot(opt, params)
     for own in gradients:
         own[1] = None
@@ -413,3 +416,21 @@ def test_the_slots_are_values():
     for slot in (rule.signal, rule.retraction):
         assert eval(repr(slot), {**names, "DecoupledDecay": schatten.retractions.DecoupledDecay}) == slot
         assert hash(copy.deepcopy(slot)) == hash(slot)
+
+
+@pytest.mark.parametrize("compressor", [Identity(), TopK(1.0)], ids=repr)
+def test_the_signal_is_the_mean_of_what_workers_send(compressor):
+    signal = ErrorFeedback(compressor, workers=N)
+    G = torch.randn(2, 1, N, 4, 3)
+    state = {key: value.expand(2, *value.shape).clone() for key, value in signal.init(torch.empty(1, 4, 3)).items()}
+    S, _ = signal(torch.empty(2, 1, 4, 3), {**state, "worker_gradients": G}, {"momentum": 0.0, "step": 1})
+    assert (S - G.mean(2)).abs().max() < 1e-6
+
+
+def test_the_server_reads_the_numbers_of_its_step():
+    class Faded(schatten.retractions.DecoupledDecay):
+        hyperparameters = ("fade",)
+
+    rule = Rule(retraction=ServerCompression(Faded(), TopK(0.5)))
+    assert rule.hyperparameters == ("momentum", "fade")
+    assert ServerCompression().hyperparameters == ()

@@ -1,5 +1,6 @@
 """`polar` over random shapes, ranks, spectra and scales: what hypothesis cannot break, with fixed seeds."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,3 +79,11 @@ def test_polar_can_be_differentiated():
     U, _, Vh = torch.linalg.svd(G.detach())
     # The derivative of a composition accurate to 1e-8 is accurate to about its square root.
     torch.testing.assert_close(G.grad, U @ Vh, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1e-45, 3e-45, 1e-42, 1e-39, 1e-38])
+def test_denormal_matrices_give_directions_inside_the_band(value, dtype):
+    """Divided by a norm that has lost its last bits a row of 1e-45 was 1.12 long, and the polynomial gave nan."""
+    D = polar(torch.full((1, 5), value), dtype=dtype)
+    assert D.isfinite().all() and torch.linalg.vector_norm(D) <= 1.17

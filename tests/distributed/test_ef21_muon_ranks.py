@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from schatten.compressors import Identity
 from tests.distributed import ef21_muon_ranks as ranks
 
 SIZE = 2
@@ -72,6 +73,16 @@ def test_ranks_stay_bitwise_equal_and_are_simulated_workers(found, choice):
             if p < 3:
                 assert_near([state["momentum_buffer"]], [expected["momentum_buffer"][j]])
     assert not torch.equal(runs[0]["state"][0]["momentum_buffer"], runs[1]["state"][0]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("choice", [choice for choice, (C, _) in ranks.CHOICES.items() if C != Identity()])
+def test_the_server_knows_the_mean_of_what_it_was_sent(found, choice):
+    runs = [own[choice]["state"] for own in found]
+    for p in range(3):
+        server = runs[0][p]["server_estimate"]
+        # Five sums of numbers of size 1 in another order.
+        assert (server - sum(run[p]["estimate"] for run in runs) / SIZE).abs().max() < 1e-14
+        assert not torch.equal(runs[0][p]["estimate"], runs[1][p]["estimate"])
 
 
 def test_adamw_is_given_the_mean_of_all_ranks_and_matrices_keep_their_own(found):

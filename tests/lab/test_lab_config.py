@@ -21,7 +21,7 @@ def make(**options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizers": ("adamw", "adamv"), "lrs": {"adamw": (1e-3,), "adamv": (1e-3,)}}, "no 'adamv': known are adamw, muon"),
+        ({"optimizers": ("adamw", "adamv"), "lrs": {"adamw": (1e-3,), "adamv": (1e-3,)}}, "no 'adamv': known are adamw, "),
         ({"lrs": {"adamw": (1e-3, 0.0), "muon": (1e-3,)}}, "positive and finite, got 0 for adamw"),
         ({"lrs": {"adamw": (1e-3,), "muon": (-1e-3,)}}, "got -0.001 for muon"),
         ({"lrs": {"adamw": (1e-3,), "muon": (float("inf"),)}}, "got inf for muon"),
@@ -72,9 +72,32 @@ def test_all_optimizers_get_the_same_terms(name):
     built = optimizers.build(name, model, lr=2e-3, weight_decay=0.3, betas=(0.9, 0.99))
     decays = {p: group["weight_decay"] for group in built.param_groups for p in group["params"]}
     assert set(decays) == set(model.parameters())
-    assert all(decay == (0.0 if p.ndim < 2 else 0.3) for p, decay in decays.items())
-    assert {group["lr"] for group in built.param_groups} == {2e-3}
-    assert {group["betas"] for group in built.param_groups if "betas" in group} == {(0.9, 0.99)}
+    own = name != "adamw" and optimizers.contestants()[name].preset in optimizers.OWN_DECAY
+    assert all(decay == (0.0 if p.ndim < 2 else 0.3) for p, decay in decays.items()) or own
+    spectral = [group for group in built.param_groups if group.get("algorithm") == "spectral"]
+    assert {group["lr"] for group in spectral or built.param_groups} == {2e-3}
+    # Presets whose lr is in other units than AdamW's leave it at theirs.
+    assert {group["lr"] for group in built.param_groups} <= {2e-3, getattr(built, "adamw_lr", None) or 2e-3}
+    assert {group["betas"] for group in built.param_groups if group.get("algorithm", "adamw") == "adamw"} <= {(0.9, 0.99)}
+
+
+@pytest.mark.parametrize("name", sorted(optimizers.known()))
+def test_every_optimizer_has_a_documented_lr_and_builds_with_its_own_decay(name):
+    model = GPT(GPTConfig(31, 12, 1, 2, 16))
+    lr = optimizers.default_lr(name)
+    built = optimizers.build(name, model, lr=lr, weight_decay=None, betas=(0.9, 0.99))
+    assert built.param_groups[0]["lr"] == lr > 0
+
+
+def test_all_and_all_source_stand_for_lists_that_exist():
+    assert set(optimizers.named("all-source")) <= set(optimizers.known())
+    assert optimizers.named("all") == tuple(optimizers.known())
+    assert optimizers.named("AdamW, muon") == ("adamw", "muon")
+
+
+def test_default_lrs_are_those_of_the_presets():
+    assert grids(["default"], ("muon", "msgd")) == {"muon": (1e-3,), "msgd": (5.0,)}
+    assert grids(["2e-3", "lion=default"], ("muon", "lion")) == {"muon": (2e-3,), "lion": (1e-4,)}
 
 
 def test_bounds_are_the_shape_factor_over_the_decay():

@@ -31,11 +31,17 @@ def compare(
     data: Annotated[str, typer.Option(help="Text file, folder (train.bin + val.bin, or *.txt), hf:NAME, or pydoc.")] = "pydoc",
     tokens: Annotated[str, typer.Option(help="byte, char, or bpe:N, trained on the text.")] = "byte",
     names: Annotated[
-        str, typer.Option("--optimizers", help="Comma separated; `schatten optimizers` lists them.")
+        str,
+        typer.Option("--optimizers", help="Comma separated, see --list; all-source: those of the source papers; all."),
     ] = "adamw,muon",
+    show: Annotated[bool, typer.Option("--list", help="Show the optimizers, one line each, and exit.")] = False,
     lrs: Annotated[
-        list[str], typer.Option(help="Grid for all optimizers (1e-3,4e-3) or for one (muon=1e-3,4e-3); repeatable.")
-    ] = [DEFAULT_LRS],  # noqa: B006
+        list[str] | None,
+        typer.Option(
+            help="Grid for all optimizers (1e-3,4e-3) or for one (muon=1e-3,4e-3); repeatable. `default`: the documented lr "
+            f"of each. Default {DEFAULT_LRS}, with all-source and all `default`."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1 for every learning rate.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 300,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/compare-DATE-TIME.")] = None,
@@ -48,7 +54,10 @@ def compare(
     dropout: Annotated[float, typer.Option(help="Dropout probability.")] = 0.0,
     batch: Annotated[int, typer.Option(help="Windows of a micro-batch, over all processes.")] = 12,
     accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled decay of matrices and tables.")] = 0.1,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="Decoupled decay of matrices and tables; default 0.1, with --lrs default that of each optimizer."),
+    ] = None,
     beta1: Annotated[float, typer.Option(help="AdamW's first beta.")] = 0.9,
     beta2: Annotated[float, typer.Option(help="AdamW's second beta.")] = 0.99,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up; default a twentieth of --steps.")] = None,
@@ -67,7 +76,16 @@ def compare(
     Leaves config.json, log.jsonl, checkpoints, TensorBoard files, report.html and its pictures in the run folder.
     Works the same under `accelerate launch -m schatten compare ...` and torchrun.
     """
-    chosen = tuple(name.strip().lower() for name in names.split(",") if name.strip())
+    from schatten.lab.optimizers import named
+
+    if show:
+        optimizers()
+        return
+    chosen = named(names)
+    if lrs is None:
+        lrs = ["default" if names.strip().lower().startswith("all") else DEFAULT_LRS]
+    if weight_decay is None and "default" not in lrs:
+        weight_decay = 0.1
     config = CompareConfig(
         data=data,
         tokens=tokens,
@@ -113,7 +131,7 @@ def optimizers() -> None:
     from schatten.lab.optimizers import known
 
     for name, summary in known().items():
-        console().print(f"{name:12} {summary}", highlight=False)
+        console().print(f"{name:16} {summary}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -158,9 +176,15 @@ def run_experiment(
 
 def grids(entries: list[str], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     """`--lrs` as a grid per optimizer: an entry without a name is everybody's, one with a name replaces it there."""
+    from schatten.lab.optimizers import default_lr
+
     found: dict[str, tuple[float, ...]] = {}
     for entry in sorted(entries, key=lambda entry: "=" in entry):
         name, separator, numbers = entry.rpartition("=")
+        if numbers.strip() == "default":
+            for key in (name,) if separator else names:
+                found[key] = (default_lr(key),)
+            continue
         try:
             grid = tuple(dict.fromkeys(float(number) for number in numbers.split(",") if number.strip()))
         except ValueError:

@@ -57,6 +57,8 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
     state = PartialState(cpu=not torch.accelerator.is_available())
     if config.batch % state.num_processes:
         raise InputError(f"--batch must be a multiple of the {state.num_processes} processes, got {config.batch}.")
+    if state.num_processes > 1 and "ef21muon" in config.optimizers:
+        raise InputError("--optimizers ef21muon compresses each process's own gradient, which DDP averages: use one process.")
     console = console or Console()
     console.quiet = not state.is_main_process
     corpus = data.load(config.data, config.tokens, config.context)

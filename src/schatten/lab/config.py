@@ -13,6 +13,9 @@ SCHEDULES = ("cosine", "linear")
 
 PRECISIONS = ("no", "bf16", "fp16")
 
+# Steps of these call the closure that computes the loss.
+EVALUATING = ("jaguarmuon", "muonmvr2", "storm")
+
 # The share of a linear schedule that is cool-down; before it the lr is constant.
 COOLDOWN = 0.4
 
@@ -48,7 +51,7 @@ class CompareConfig:
     dropout: float = 0.0
     batch: int = 12
     accumulate: int = 1
-    weight_decay: float = 0.1
+    weight_decay: float | None = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
     warmup: int | None = None
@@ -89,8 +92,15 @@ class CompareConfig:
             raise InputError(f"--trackers has no {', '.join(unknown)}: installed are {', '.join(available) or 'none'}.")
         if not 0 <= self.warmup < self.steps:
             raise InputError(f"--warmup must be at least 0 and below --steps {self.steps}, got {self.warmup}.")
-        if self.weight_decay < 0 or self.clip < 0:
-            raise InputError(f"--weight-decay and --clip must be at least 0, got {self.weight_decay:g} and {self.clip:g}.")
+        for name in ("weight_decay", "clip"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}.")
+        evaluating = [name for name in self.optimizers if name in EVALUATING]
+        if evaluating and (self.accumulate > 1 or self.mixed_precision == "fp16"):
+            raise InputError(
+                f"--optimizers {', '.join(evaluating)} evaluate the loss themselves, which goes with --accumulate 1 and "
+                f"without --mixed-precision fp16."
+            )
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} must lie in [0, 1), got {getattr(self, name):g}.")

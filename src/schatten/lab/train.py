@@ -66,6 +66,7 @@ class Trainer:
         betas = (config.beta1, config.beta2)
         optimizer = optimizers.build(run.optimizer, model, lr=run.lr, weight_decay=config.weight_decay, betas=betas)
         self.bounds = optimizers.bounds(optimizer)
+        self.evaluates = optimizers.evaluates(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of the steps since the last log record
@@ -101,11 +102,17 @@ class Trainer:
     def _step(self) -> Tensor:
         step = self.progress.step
         for group in self.optimizer.param_groups:
-            group["lr"] = self.run.lr * self.config.lr_factor(step)
+            # A group's own peak: AdamW's differs from the matrices' where their units do.
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.config.lr_factor(step)
         start = time.perf_counter()
         optimizer_seconds = 0.0
         losses = []
-        for ids, targets in self._micro_batches(step):
+        if self.evaluates:
+            before = self._clock()
+            losses.append(self.optimizer.step(self._closure(self._micro_batches(step))))
+            optimizer_seconds = self._clock() - before
+            self.optimizer.zero_grad()
+        for ids, targets in () if self.evaluates else self._micro_batches(step):
             with self.accelerator.accumulate(self.model):
                 loss = self.model(ids, targets)
                 self.accelerator.backward(loss)
@@ -120,6 +127,21 @@ class Trainer:
         self.progress.seconds += self._clock() - start
         self.progress.optimizer_seconds += optimizer_seconds
         return torch.stack(losses).mean()
+
+    def _closure(self, batches: list[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+        """What evaluates the loss of a step, with gradients where they are recorded; of one micro-batch (`CompareConfig`)."""
+        ((ids, targets),) = batches
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = self.model(ids, targets)
+            if torch.is_grad_enabled():
+                self.accelerator.backward(loss)
+                if self.config.clip:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            return self._mean(loss.detach())
+
+        return closure
 
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This process's share of the step's batch, in `accumulate` pieces."""

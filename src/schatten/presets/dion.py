@@ -94,20 +94,21 @@ class Dion(SpectralOptimizer):
             nearly equivalent at 3B parameters, and less at smaller scale.
         variant: `"dion"` or `"orth"`.
         scale, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix, and r numbers for each row or column of its shorter side.
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.dion import Dion
         >>> W = torch.nn.Parameter(torch.zeros(6, 4))
-        >>> opt = Dion([W], rank=0.5, lr=0.1)
+        >>> opt = schatten.Dion([W], rank=0.5, lr=0.1)
         >>> W.grad = torch.randn(6, 4)
         >>> opt.step()
         >>> int(torch.linalg.matrix_rank(W))
         2
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

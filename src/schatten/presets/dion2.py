@@ -69,20 +69,21 @@ class Dion2(SpectralOptimizer):
         momentum: mu.
         fraction: the share of slices in (0, 1]; the release's configurations have 0.25 and 0.5.
         scale, solver, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.dion2 import Dion2
         >>> W = torch.nn.Parameter(torch.zeros(2, 3))
-        >>> opt = Dion2([W], fraction=0.5, lr=0.1)
+        >>> opt = schatten.Dion2([W], fraction=0.5, lr=0.1)
         >>> W.grad = torch.tensor([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]])
         >>> opt.step()
         >>> W.count_nonzero(-1).tolist()
         [0, 1]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

@@ -230,11 +230,9 @@ class EF21Muon(SpectralOptimizer):
     ranks have different models; no weight has changed then.
 
     Example:
-        >>> import torch
-        >>> from schatten.compressors import TopK
-        >>> from schatten.presets.ef21_muon import EF21Muon
+        >>> import torch, schatten
         >>> W = torch.nn.Parameter(torch.zeros(8, 8))
-        >>> opt = EF21Muon([W], lr=0.1, compressor=TopK(0.1), workers=2)
+        >>> opt = schatten.EF21Muon([W], lr=0.1, compressor=schatten.compressors.TopK(0.1), workers=2)
         >>> for worker, target in enumerate((torch.eye(8), -3 * torch.eye(8))):
         ...     with opt.worker(worker):
         ...         (W - target).square().sum().backward()
@@ -422,6 +420,8 @@ class EF21Muon(SpectralOptimizer):
             up, down = self._compressors(group)
             for p in group["params"]:
                 messages = self.workers * int(self.state[p]["step"])
+                if messages == 0:
+                    continue
                 count, *matrix = _blocks(p, group) if group["algorithm"] == "spectral" else (1, 1, p.numel())
                 to_server += messages * count * _bytes(up, *matrix, wide(p.dtype))
                 to_workers += messages * count * _bytes(down, *matrix, wide(p.dtype))

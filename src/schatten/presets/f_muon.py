@@ -31,7 +31,7 @@ class FMuon(SpectralOptimizer):
         momentum: beta.
         alpha: the weight of the polar factor in (0, 1), 1/2 in the paper.
         nesterov, scale, solver, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     No difference from the released code but the solver (a minimax polynomial). State: one tensor per matrix.
 
@@ -44,6 +44,8 @@ class FMuon(SpectralOptimizer):
         >>> [round(w, 4) for w in W.diagonal().tolist()]
         [-0.8, -0.9]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

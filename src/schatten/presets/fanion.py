@@ -34,7 +34,7 @@ class Fanion(SpectralOptimizer):
         momentum: beta.
         alpha: the weight of D_k in (0, 1].
         nesterov, scale, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
@@ -47,6 +47,8 @@ class Fanion(SpectralOptimizer):
         >>> W.diagonal().round(decimals=2).abs().tolist()
         [0.0, 0.5]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

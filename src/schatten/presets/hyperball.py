@@ -34,7 +34,7 @@ class Hyperball(SpectralOptimizer):
         weight_decay: 0 for matrices, whose norm is fixed; an AdamW group may have its own.
         momentum: beta.
         nesterov, solver: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor and one number per matrix. Raises ValueError for a weight decay of matrices.
 
@@ -48,6 +48,8 @@ class Hyperball(SpectralOptimizer):
         >>> [round(w, 4) for w in W.flatten().tolist()]
         [5.0, 0.0]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

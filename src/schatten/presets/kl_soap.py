@@ -88,9 +88,8 @@ class KLSOAP(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.kl_soap import KLSOAP
         >>> W = torch.nn.Parameter(torch.eye(3))
-        >>> opt = KLSOAP([W], lr=0.018, decay=schatten.retractions.FixedNorm())
+        >>> opt = schatten.KLSOAP([W], lr=0.018, decay=schatten.retractions.FixedNorm())
         >>> for _ in range(3):
         ...     W.grad = torch.randn(3, 3)
         ...     opt.step()

@@ -63,7 +63,7 @@ class MuonPlus(SpectralOptimizer):
         momentum: beta.
         norm: `"row"`, `"col"`, `"col_row"` (columns first) or `"row_col"`.
         nesterov, scale, solver, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
@@ -77,6 +77,8 @@ class MuonPlus(SpectralOptimizer):
         >>> [round(w, 4) for w in W.flatten().tolist()]
         [-1.0, 1.0]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class MuonPlusPlus(SpectralOptimizer):
         momentum: beta.
         nesterov, decay: see `Muon`.
         solver: of U V^T, default `polynomial(tol=1e-3)`; what it overshoots is divided out.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
@@ -71,6 +71,8 @@ class MuonPlusPlus(SpectralOptimizer):
         >>> W.diagonal().round(decimals=2).tolist()
         [-0.5, -0.5]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class Neon(SpectralOptimizer):
         weight_decay: decoupled decay lambda.
         momentum: beta.
         nesterov, scale, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
@@ -41,6 +41,8 @@ class Neon(SpectralOptimizer):
         >>> W.diagonal().round(decimals=2).abs().tolist()
         [0.0, 0.5]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ class NorMuon(SpectralOptimizer):
         momentum: beta.
         beta2: the decay of v; the step is Muon's as long as all entries of v are equal.
         nesterov, scale, solver, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix, and one number per row.
 
@@ -77,6 +77,8 @@ class NorMuon(SpectralOptimizer):
         >>> [round(w, 4) for w in W.flatten().tolist()]
         [-0.5774, -0.5774, 0.5774]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

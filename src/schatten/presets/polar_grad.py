@@ -36,7 +36,7 @@ class PolarGrad(SpectralOptimizer):
         nesterov: use (1 - beta) G + beta M instead of M.
         solver: how the polar factor is computed.
         decay: `"explicit"`, `"implicit"` or `"cautious"`, or a retraction.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
@@ -50,6 +50,8 @@ class PolarGrad(SpectralOptimizer):
         >>> [round(w, 4) for w in W.diagonal().tolist()]
         [-2.0, -2.0]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

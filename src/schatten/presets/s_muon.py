@@ -68,7 +68,7 @@ class SMuon(SpectralOptimizer):
         eta_s: the length of a sign step, an entry's change; 0.01 on the paper's convex problem, 3e-3 on CIFAR-10, 3e-4 on
             NanoGPT, to be tuned with lr.
         nesterov, scale, solver, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     No difference from the released code but the solver (a minimax polynomial). State: one tensor per matrix.
 
@@ -81,6 +81,8 @@ class SMuon(SpectralOptimizer):
         >>> [round(w, 4) for w in W.diagonal().tolist()]
         [-0.55, -0.55]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

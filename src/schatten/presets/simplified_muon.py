@@ -32,7 +32,7 @@ class SimplifiedMuon(SpectralOptimizer):
         weight_decay: decoupled decay lambda, 0 in the papers.
         adaptive: multiply by the gradient's nuclear norm.
         decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     No state. The polar factor is exact (`solvers.svd`), so this is for study, not for large matrices.
 
@@ -45,6 +45,8 @@ class SimplifiedMuon(SpectralOptimizer):
         >>> [round(w, 4) for w in W.diagonal().tolist()]
         [-0.7, -0.7]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

@@ -70,9 +70,9 @@ class SOAPMuon(SpectralOptimizer):
 
     Differences from the released code: L, R and the bases are updated before the step, so that the current gradient is in
     them, where the release updates them after it; at large batch a basis that has not seen its gradient makes the loss
-    spike (arXiv 2607.20548). eps is relative, so the gradient's scale does not matter. The release's gate on attention
-    outputs, its floor on ||U|| / ||W|| and its pinned radius are left out; the gate's benefit is unproven, the floor is
-    `schatten.retractions.UpdateFloor`.
+    spike (arXiv 2607.20548). The averages start at their first value instead of 0. eps is relative, so the gradient's scale
+    does not matter. The release's gate on attention outputs, its floor on ||U|| / ||W|| and its pinned radius are left out;
+    the gate's benefit is unproven, the floor is `schatten.retractions.UpdateFloor`.
 
     D has spectral norm 1, so decay keeps ||W||_op <= c / lambda; where in that ball weights settle is the solution of no
     fixed problem, as S' is not the gradient.
@@ -89,21 +89,22 @@ class SOAPMuon(SpectralOptimizer):
         max_dim: longer sides are not turned.
         eps: added to sqrt(v), as a share of its Frobenius norm; below it entries are rounding errors.
         scale, solver, decay: see `Muon`.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: M, v, L, R, Q_L, Q_R, which is 2 + 2 (m^2 + n^2) / (m n) times an m x n matrix, 6 times a square one.
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.soap_muon import SOAPMuon
         >>> W = torch.nn.Parameter(torch.zeros(4, 3))
-        >>> opt = SOAPMuon([W], lr=0.1, weight_decay=0.0)
+        >>> opt = schatten.SOAPMuon([W], lr=0.1, weight_decay=0.0)
         >>> for _ in range(2):
         ...     W.grad = torch.randn(4, 3)
         ...     opt.step()
         >>> bool(torch.linalg.matrix_norm(W, ord=2) < 0.3)
         True
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class SpectralAdam(SpectralOptimizer):
         normalize: None for the released factors, c = sqrt(max(1, fan_out / fan_in)) at p = 0 and 1 otherwise; `"rms"` makes
             the RMS of every update lr / 5, so that one lr serves all p.
         solver: how U S^p V^T is computed, default the map's own.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: two tensors per matrix.
 
@@ -49,6 +49,8 @@ class SpectralAdam(SpectralOptimizer):
         >>> [round(w, 4) for w in W.diagonal().tolist()]
         [-0.1, -0.1]
     """
+
+    adamw_lr = 3e-4
 
     def __init__(
         self,
@@ -63,6 +65,8 @@ class SpectralAdam(SpectralOptimizer):
         solver: Solver | FunctionSolver | None = None,
         **options: Any,
     ) -> None:
+        if normalize:
+            self.adamw_lr = None  # lr is in AdamW's units
         lr = power_lr(p, normalize, PUBLISHED) if lr is None else lr
         rule = Rule(AdamRatio(eps), spectral_direction(p, solver), power_scale(p, normalize))
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay, betas=betas, **options)

@@ -38,7 +38,7 @@ class SpectralSGD(SpectralOptimizer):
         normalize: None for the released factors, c = sqrt(max(1, fan_out / fan_in)) at p = 0 and 1 otherwise; `"rms"` makes
             the RMS of every update lr / 5, AdamW's, so that one lr serves all p.
         solver: how U S^p V^T is computed, default the map's own.
-        options: of `SpectralOptimizer`.
+        options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
     State: one tensor per matrix.
 
@@ -52,6 +52,8 @@ class SpectralSGD(SpectralOptimizer):
         [-0.2, -0.3]
     """
 
+    adamw_lr = 3e-4
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -64,6 +66,8 @@ class SpectralSGD(SpectralOptimizer):
         solver: Solver | FunctionSolver | None = None,
         **options: Any,
     ) -> None:
+        if normalize:
+            self.adamw_lr = None  # lr is in AdamW's units
         lr = power_lr(p, normalize, PUBLISHED) if lr is None else lr
         rule = Rule(Momentum("sum", nesterov=False), spectral_direction(p, solver), power_scale(p, normalize))
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)

@@ -122,7 +122,7 @@ def check_steps(steps: int) -> None:
 
 
 def frobenius(X: Tensor) -> Tensor:
-    """||X||_F per matrix, (b, m, n) -> (b, 1, 1) in fp32 (fp64 for fp64 input); 1 for a zero matrix.
+    """||X||_F per matrix, (b, m, n) -> (b, 1, 1) in fp32 (fp64 for fp64 input), no less than a normal number; 1 for zero.
 
     Squares of fp32 numbers fit into fp64. A CPU would convert the whole matrix for that sum, so it sums in fp32 and looks
     (there nothing waits) whether a norm is near the end of fp32's range.
@@ -138,7 +138,8 @@ def frobenius(X: Tensor) -> Tensor:
     else:
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
         norm = norm.to(torch.promote_types(X.dtype, torch.float32))
-    return torch.where(norm == 0, 1, norm)
+    # A denormal norm has few bits: rounded down by a tenth it would leave X / ||X|| outside a polynomial's range.
+    return torch.where(norm == 0, 1, norm.clamp(min=torch.finfo(norm.dtype).tiny))
 
 
 def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
