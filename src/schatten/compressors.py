@@ -278,3 +278,31 @@ def _largest(X: Tensor) -> Tensor:
     """The largest magnitude of each matrix, (*b, m, n) -> (*b, 1, 1); 1 for a zero matrix."""
     top = X.abs().amax((-2, -1), keepdim=True)
     return torch.where(top == 0, 1, top)
+
+
+# More than there are workers: no two messages of a step share their noise, and none is repeated in a later step.
+SENDERS = 1 << 20
+
+SERVER = SENDERS - 1
+
+
+def noise_seed(step: int, sender: int) -> int:
+    """The seed of the message that worker `sender`, or `SERVER`, encodes in a step.
+
+    Example:
+        >>> from schatten.compressors import noise_seed
+        >>> noise_seed(1, 0) == noise_seed(0, 1)
+        False
+    """
+    return step * SENDERS + sender
+
+
+def check_compressor(name: str, value: object) -> None:
+    """Raise TypeError for what is no compressor; `name` is the caller's for the argument.
+
+    Example:
+        >>> from schatten.compressors import TopK, check_compressor
+        >>> check_compressor("compressor", TopK(0.1))
+    """
+    if isinstance(value, type) or not isinstance(value, Compressor):
+        raise TypeError(f"{name} must be a compressor of schatten.compressors, such as TopK(0.1), got {value!r}.")

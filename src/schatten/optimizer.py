@@ -178,7 +178,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             check_numbers(group, self.rule(group).hyperparameters)
         else:
             check_numbers(group)
-        if not spectral or self.rule(group).retraction != DecoupledDecay("implicit"):
+        retraction = self.rule(group).retraction if spectral else None
+        if getattr(retraction, "inner", retraction) != DecoupledDecay("implicit"):
             check_stability(group)
         keys = set(group)
         self._refuse_duplicates(group)

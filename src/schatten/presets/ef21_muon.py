@@ -2,29 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from schatten.batching import batches, finite_gradient, wide
-from schatten.compressors import Compressor, Identity, Message, TopK, message_bytes
+from schatten.compressors import Compressor, Identity, TopK, message_bytes
 from schatten.layout import blocks, resolve
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
-from schatten.retractions import DecoupledDecay, Retraction, named
+from schatten.retractions import Retraction, ServerCompression, named
 from schatten.rule import Rule
 from schatten.scales import Scale
-from schatten.signals import State
+from schatten.signals import ErrorFeedback
 from schatten.solvers import Solver, polynomial
-
-# More than there are workers: no two messages of a step share their noise, and none is repeated in a later step.
-SENDERS = 1 << 20
-
-SERVER = SENDERS - 1
 
 # What ranks must have in common before the first step, and what to do if they do not.
 COMMON = {
@@ -34,163 +29,15 @@ COMMON = {
 }
 
 
-@dataclass(frozen=True)
-class ErrorFeedback:
-    """The server's estimate of the workers' mean momentum, built from compressed messages; beta = group["momentum"].
-
-        M_j <- beta M_j + (1 - beta) G_j,   R_j = C(M_j - E_j),   E_j <- E_j + R_j,   S <- S + mean of R_j
-
-    Worker j sends R_j, so E_j is what the server knows of M_j and S the mean of all E_j. What C has left out stays in
-    M_j - E_j and is sent later, so E_j tends to M_j where that comes to rest. All start at zero. A rank adds S up over steps,
-    as it does not have the E_j of others, and the rounding errors of a gradient 1e7 times the usual one stay in it (fp32).
-
-    `rank` is the worker that this process is; the messages of the others come through `process_group` (None is the default
-    group), and each rank adds them in the same order. Without a rank all workers are here, and the gradients of more than
-    one are read from state["worker_gradients"], (parameters, blocks, workers, fan_out, fan_in), instead of G.
-
-    State: M_j and E_j; of a rank also S, of several workers here also their gradients. `Identity` needs no E_j and no S.
-
-    Raises TypeError for what is no compressor, ValueError for a number of workers that is no whole number >= 1.
-
-    Example:
-        >>> import torch
-        >>> from schatten.compressors import TopK
-        >>> from schatten.presets.ef21_muon import ErrorFeedback
-        >>> signal = ErrorFeedback(TopK(0.5))
-        >>> G = torch.tensor([[[[4.0, 3.0]]]])
-        >>> state = {key: value.unsqueeze(0) for key, value in signal.init(G[0]).items()}
-        >>> for step in (1, 2):
-        ...     S, state = signal(G, state, {"momentum": 0.0, "step": step})
-        ...     print(S.flatten().tolist())
-        [4.0, 0.0]
-        [4.0, 3.0]
-    """
-
-    compressor: Compressor = field(default_factory=lambda: TopK(0.1))
-    workers: int = 1
-    rank: int | None = None
-    process_group: Any = field(default=None, repr=False, compare=False)
-
-    hyperparameters: ClassVar[tuple[str, ...]] = ("momentum",)
-    elementwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_compressor("compressor", self.compressor)
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers < SERVER:
-            raise ValueError(f"workers must be a whole number >= 1, got {self.workers!r}.")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ErrorFeedback":
-        # A process group cannot be copied.
-        return self
-
-    @property
-    def simulated(self) -> bool:
-        """Whether several workers are in this process."""
-        return self.rank is None and self.workers > 1
-
-    def init(self, W: Tensor) -> dict[str, Tensor]:
-        own = (W.shape[0], self.workers, *W.shape[1:]) if self.simulated else W.shape
-        shapes = {"momentum_buffer": own}
-        if self.simulated:
-            shapes["worker_gradients"] = own
-        if self.compressor != Identity():
-            shapes["estimate"] = own
-            if self.rank is not None:
-                shapes["server_estimate"] = W.shape
-        return {key: W.new_zeros(shape) for key, shape in shapes.items()}
-
-    def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        G = state["worker_gradients"] if self.simulated else G
-        M = torch.lerp(state["momentum_buffer"], G, 1 - group["momentum"])
-        if self.compressor == Identity():
-            return self._exchanged(M, group["step"])[0], {"momentum_buffer": M}
-        estimate = state["estimate"]
-        mean, own = self._exchanged(M - estimate, group["step"])
-        new = {"momentum_buffer": M, "estimate": estimate + own}
-        if self.rank is not None:
-            S = new["server_estimate"] = state["server_estimate"] + mean
-        else:
-            # Not added up over steps: that would keep the rounding errors of large gradients for ever.
-            S = new["estimate"].mean(2) if self.simulated else new["estimate"]
-        return S, new
-
-    def _exchanged(self, X: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The mean over all workers of C(X), and C(X) of the workers that are here."""
-        shape = X[:, :, 0].shape if self.simulated else X.shape
-        total, own = None, []
-        for j, message in enumerate(self._messages(X, step)):
-            received = self.compressor.decode(message, shape, X.dtype)
-            total = received if total is None else total + received
-            if self.rank in (None, j):
-                own.append(received)
-        assert total is not None
-        return total / self.workers, torch.stack(own, 2) if self.simulated else own[0]
-
-    def _messages(self, X: Tensor, step: int) -> Iterable[Message]:
-        """Every worker's message, in order."""
-        if self.rank is None:
-            here = X.unbind(2) if self.simulated else [X]
-            return (self.compressor.encode(x, _seed(step, j)) for j, x in enumerate(here))
-        gathered = []
-        for sent in self.compressor.encode(X, _seed(step, self.rank)):
-            received = [torch.empty_like(sent) for _ in range(self.workers)]
-            dist.all_gather(received, sent, group=self.process_group)
-            gathered.append(received)
-        return zip(*gathered, strict=True)
-
-
-@dataclass(frozen=True)
-class ServerCompression:
-    """The server's X takes the step of `inner`; what reaches the weight W, on which gradients are taken, is compressed.
-
-        X <- inner(X, D),   W <- W + C(X - W)
-
-    State: X - W, which starts at zero, so that weights may be loaded after construction, and that of `inner`.
-
-    Raises TypeError for what is no compressor.
-
-    Example:
-        >>> import torch, schatten
-        >>> from schatten.compressors import TopK
-        >>> from schatten.presets.ef21_muon import ServerCompression
-        >>> step = ServerCompression(schatten.retractions.DecoupledDecay(), TopK(0.5))
-        >>> W, D, group = torch.zeros(1, 2), torch.tensor([[4.0, 3.0]]), {"lr": 1.0, "weight_decay": 0.0, "step": 1}
-        >>> W, state = step(W, D, 1.0, step.init(W), group)
-        >>> W.tolist(), state["server_error"].tolist()
-        ([[-4.0, 0.0]], [[0.0, -3.0]])
-    """
-
-    inner: Retraction = field(default_factory=DecoupledDecay)
-    compressor: Compressor = field(default_factory=Identity)
-
-    hyperparameters: ClassVar[tuple[str, ...]] = ()
-    elementwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_compressor("server_compressor", self.compressor)
-        object.__setattr__(self, "hyperparameters", self.inner.hyperparameters)
-
-    def init(self, W: Tensor) -> dict[str, Tensor]:
-        return {"server_error": torch.zeros_like(W), **self.inner.init(W)}
-
-    def __call__(
-        self, W: Tensor, D: Tensor, length: float | Tensor, state: State, group: Mapping[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        X, new = self.inner(W + state["server_error"], D, length, state, group)
-        message = self.compressor.encode(X - W, _seed(group["step"], SERVER))
-        W = W + self.compressor.decode(message, W.shape, W.dtype)
-        return W, {**new, "server_error": X - W}
-
-
 class EF21Muon(SpectralOptimizer):
     r"""EF21-Muon (Gruntkowska et al., arXiv 2510.00643): Muon with compressed messages and error feedback both ways.
 
         M_j <- beta M_j + (1 - beta) G_j,   R_j = C(M_j - E_j),   E_j <- E_j + R_j,   S <- S + mean of R_j
         X <- (1 - lr lambda) X - lr c msign(S),   W <- W + C_s(X - W)
 
-    Worker j has a loss of its own, whose gradient at W is G_j, and sends R_j to the server, which sends C_s(X - W) back. The
-    direction is taken after averaging: feedback on its own output can fail. With `Identity` both ways and one worker this is
-    Muon without Nesterov; under decay Muon's constraint ||X||_op <= c / lambda is that of X, which W follows.
+    Worker j has a loss of its own, whose gradient at W is G_j, and sends R_j to the server, which sends C_s(X - W) back. With
+    `Identity` both ways and one worker this is Muon without Nesterov, bit for bit; under decay Muon's constraint
+    ||X||_op <= c / lambda is that of X, which W follows.
 
     Several workers in one process:
 
@@ -434,11 +281,6 @@ class EF21Muon(SpectralOptimizer):
         return up, rule.retraction.compressor if isinstance(rule.retraction, ServerCompression) else Identity()
 
 
-def _check_compressor(name: str, value: object) -> None:
-    if isinstance(value, type) or not isinstance(value, Compressor):
-        raise TypeError(f"{name} must be a compressor of schatten.compressors, such as TopK(0.1), got {value!r}.")
-
-
 def _place(process_group: Any) -> tuple[int, int | None]:
     """The number of ranks in a process group, or by default in the job, and this one's; None for a process alone."""
     if not dist.is_available() or not dist.is_initialized():
@@ -447,10 +289,6 @@ def _place(process_group: Any) -> tuple[int, int | None]:
     if rank < 0:
         raise ValueError("This process is not in `group`: make the optimizer on the ranks of the group only.")
     return size, rank if size > 1 else None
-
-
-def _seed(step: int, sender: int) -> int:
-    return step * SENDERS + sender
 
 
 def _blocks(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -6,7 +6,18 @@ from schatten.retractions.core import Retraction
 from schatten.retractions.decoupled_decay import DecoupledDecay
 from schatten.retractions.fixed_norm import FixedNorm
 from schatten.retractions.named import named
+from schatten.retractions.server_compression import ServerCompression
 from schatten.retractions.tied_decay import TiedDecay
 from schatten.retractions.update_floor import UpdateFloor
 
-__all__ = ["CautiousDecay", "CompositeStep", "DecoupledDecay", "FixedNorm", "Retraction", "TiedDecay", "UpdateFloor", "named"]
+__all__ = [
+    "CautiousDecay",
+    "CompositeStep",
+    "DecoupledDecay",
+    "FixedNorm",
+    "Retraction",
+    "ServerCompression",
+    "TiedDecay",
+    "UpdateFloor",
+    "named",
+]

@@ -2,9 +2,10 @@
 
 from schatten.signals.adam_ratio import AdamRatio
 from schatten.signals.core import Signal, State
+from schatten.signals.error_feedback import ErrorFeedback
 from schatten.signals.gradient import Gradient
 from schatten.signals.momentum import Momentum
 from schatten.signals.two_beta import TwoBeta
 from schatten.signals.variance_reduced import VarianceReduced
 
-__all__ = ["AdamRatio", "Gradient", "Momentum", "Signal", "State", "TwoBeta", "VarianceReduced"]
+__all__ = ["AdamRatio", "ErrorFeedback", "Gradient", "Momentum", "Signal", "State", "TwoBeta", "VarianceReduced"]
