@@ -23,6 +23,10 @@ MAX_BATCH_BYTES = 160 << 20
 # iterates and three products of them. Half of it where products are bf16. `tests/facts/test_step_memory.py` measures it.
 BYTES_PER_ENTRY = 32
 
+# And per entry of state beyond one tensor of the matrix's shape: stacked, read and made anew. SOAP's 10.5 tensors on a
+# 128 x 512 matrix take 132 bytes per entry of it.
+STATE_BYTES = 12
+
 # Entries of a part on a CPU (2 MiB in fp32), so that an operation finds in the cache what the one before it wrote. On
 # other devices a part is the whole batch, which saves launches.
 MAX_CPU_PART_ENTRIES = 1 << 19
@@ -39,7 +43,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Member]]:
+def batches(
+    members: Sequence[Member], max_batch_bytes: int, state: Mapping[Tensor, Mapping[str, Tensor]]
+) -> Iterator[list[Member]]:
     """(index, parameter) pairs of one shape, dtype and device together, in batches that `max_batch_bytes` allows."""
     alike: dict[tuple[object, ...], list[Member]] = defaultdict(list)
     for index, p in members:
@@ -48,7 +54,9 @@ def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Me
         p = same[0][1]
         # A CPU gives each thread whole matrices: three on two threads take as long as four.
         threads = torch.get_num_threads() if p.device.type == "cpu" else 1
-        yield from _pieces(same, max_batch_bytes // (BYTES_PER_ENTRY * wide(p.dtype).itemsize // 4), threads)
+        kept = sum(t.numel() for key, t in state[p].items() if key not in COUNTERS) / max(1, p.numel())
+        entry_bytes = BYTES_PER_ENTRY + STATE_BYTES * max(0.0, kept - 1)
+        yield from _pieces(same, int(max_batch_bytes * 4 / (entry_bytes * wide(p.dtype).itemsize)), threads)
 
 
 def _pieces(members: list[Any], entries: int, multiple: int = 1) -> list[list[Any]]:

@@ -232,7 +232,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                     adamw_step_(p, self.state[p], group, _seed(group, i))
             else:
                 rule = self.rule(group)
-                for batch in batches(stepped, self.max_batch_bytes):
+                for batch in batches(stepped, self.max_batch_bytes, self.state):
                     self._spectral_step_(batch, rule, group, room)
         return loss
 

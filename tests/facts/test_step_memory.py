@@ -56,6 +56,18 @@ def test_the_tower_keeps_to_it_too():
     assert peak_bytes(opt.step) <= (1 << 21) + (1 << 16)
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (64, 256)])
+def test_every_preset_keeps_to_it(preset, shape):
+    params = parameters([shape] * 24)
+    opt = preset(params, max_batch_bytes=1 << 22)
+    # The exact solver of the simplified rule works in fp64, with LAPACK's workspace.
+    # A Krylov basis of five directions is nearly as wide as these small matrices.
+    allowed = {schatten.SimplifiedMuon: 2, schatten.Fanion: 1.2}.get(preset, 1)
+    opt.step()
+    opt.step()
+    assert peak_bytes(opt.step) <= allowed * (1 << 22) + (1 << 16)
+
+
 def test_the_default_is_below_one_and_a_half_times_gpt2s_largest_same_shape_batch():
     assert MAX_BATCH_BYTES < 1.5 * 48 * 768 * 768 * 4
 

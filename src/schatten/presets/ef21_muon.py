@@ -222,7 +222,7 @@ class EF21Muon(SpectralOptimizer):
             "batches": [
                 [i for i, _ in batch]
                 for group in self.param_groups
-                for batch in batches(list(enumerate(group["params"])), self.max_batch_bytes)
+                for batch in batches(list(enumerate(group["params"])), self.max_batch_bytes, self.state)
             ],
             "weights": [repr(float(p.sum(dtype=torch.float64))) for p in params],
         }
