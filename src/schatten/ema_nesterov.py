@@ -52,9 +52,8 @@ class EMANesterov(torch.optim.Optimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.ema_nesterov import EMANesterov
         >>> W = torch.nn.Parameter(torch.zeros(1))
-        >>> opt = EMANesterov(torch.optim.SGD([W], lr=1.0), beta=0.5, decay=0.0)
+        >>> opt = schatten.EMANesterov(torch.optim.SGD([W], lr=1.0), beta=0.5, decay=0.0)
         >>> for _ in range(3):
         ...     W.grad = -torch.ones(1)
         ...     opt.step()

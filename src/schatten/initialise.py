@@ -36,9 +36,8 @@ def init_spectral_(model: Model, rules: Sequence[tuple[Any, ...]] = ()) -> Model
     before it), one that holds inf or nan, and one on the meta device.
 
     Example:
-        >>> import torch
-        >>> from schatten.initialise import init_spectral_
-        >>> model = init_spectral_(torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 4)))
+        >>> import torch, schatten
+        >>> model = schatten.init_spectral_(torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 4)))
         >>> [round(float(torch.linalg.matrix_norm(layer.weight.detach(), 2)), 4) for layer in model]
         [2.0, 0.5]
     """

@@ -54,10 +54,9 @@ def qk_clip_(
     where queries and keys are normalised after the projection. Raises ValueError for shapes that do not fit.
 
     Example:
-        >>> import torch
-        >>> from schatten.qk_clip import qk_clip_
+        >>> import torch, schatten
         >>> query, key = torch.ones(4, 3), torch.ones(4, 3)  # two heads of two rows
-        >>> qk_clip_(query, key, torch.tensor([400.0, 50.0]))
+        >>> schatten.qk_clip_(query, key, torch.tensor([400.0, 50.0]))
         tensor([0.2500, 1.0000])
         >>> query[:, 0]
         tensor([0.5000, 0.5000, 1.0000, 1.0000])

@@ -64,9 +64,8 @@ class AdaMuon(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.adamuon import AdaMuon
         >>> W = torch.nn.Parameter(torch.zeros(3, 1))
-        >>> opt = AdaMuon([W], lr=1.0)
+        >>> opt = schatten.AdaMuon([W], lr=1.0)
         >>> W.grad = torch.tensor([[1.0], [20.0], [-0.3]])
         >>> opt.step()
         >>> [round(w, 4) for w in W.flatten().tolist()]

@@ -40,9 +40,8 @@ class Hyperball(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.hyperball import Hyperball
         >>> W = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
-        >>> opt = Hyperball([W], lr=0.8, solver=schatten.solvers.svd())
+        >>> opt = schatten.Hyperball([W], lr=0.8, solver=schatten.solvers.svd())
         >>> W.grad = torch.tensor([[0.0, 7.0]])
         >>> opt.step()
         >>> [round(w, 4) for w in W.flatten().tolist()]

@@ -80,9 +80,8 @@ class MuonEq(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.muon_eq import MuonEq
         >>> W = torch.nn.Parameter(torch.zeros(3, 1))
-        >>> opt = MuonEq([W], lr=1.0, scale="none", solver=schatten.solvers.svd())
+        >>> opt = schatten.MuonEq([W], lr=1.0, scale="none", solver=schatten.solvers.svd())
         >>> W.grad = torch.tensor([[1.0], [2.0], [-2.0]])
         >>> opt.step()
         >>> [round(w, 4) for w in W.flatten().tolist()]

@@ -69,9 +69,8 @@ class MuonPlus(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.muon_plus import MuonPlus
         >>> W = torch.nn.Parameter(torch.zeros(2, 1))
-        >>> opt = MuonPlus([W], lr=1.0, scale="none")
+        >>> opt = schatten.MuonPlus([W], lr=1.0, scale="none")
         >>> W.grad = torch.tensor([[1.0], [-20.0]])
         >>> opt.step()
         >>> [round(w, 4) for w in W.flatten().tolist()]

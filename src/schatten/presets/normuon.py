@@ -69,9 +69,8 @@ class NorMuon(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.normuon import NorMuon
         >>> W = torch.nn.Parameter(torch.zeros(3, 1))
-        >>> opt = NorMuon([W], lr=1.0, scale="none", solver=schatten.solvers.svd())
+        >>> opt = schatten.NorMuon([W], lr=1.0, scale="none", solver=schatten.solvers.svd())
         >>> W.grad = torch.tensor([[1.0], [2.0], [-2.0]])
         >>> opt.step()
         >>> [round(w, 4) for w in W.flatten().tolist()]

@@ -42,9 +42,8 @@ class PolarGrad(SpectralOptimizer):
 
     Example:
         >>> import torch, schatten
-        >>> from schatten.presets.polar_grad import PolarGrad
         >>> W = torch.nn.Parameter(torch.zeros(2, 2))
-        >>> opt = PolarGrad([W], lr=0.5, momentum=0.0, solver=schatten.solvers.svd())
+        >>> opt = schatten.PolarGrad([W], lr=0.5, momentum=0.0, solver=schatten.solvers.svd())
         >>> W.grad = torch.diag(torch.tensor([1.0, 3.0]))
         >>> opt.step()
         >>> [round(w, 4) for w in W.diagonal().tolist()]
