@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from schatten import cli
+from schatten.lab import optimizers
 from schatten.lab.compare import compare
 from schatten.lab.config import CompareConfig
 from schatten.lab.errors import InputError
@@ -244,4 +245,16 @@ def test_the_optimizers_command_lists_every_preset(monkeypatch, capsys):
 
     code, printed = command(monkeypatch, capsys, "optimizers")
     assert code == 0
-    assert {line.split()[0] for line in printed.out.splitlines()} == {"adamw", *(n.lower() for n in schatten.presets.__all__)}
+    listed = [line.split(maxsplit=1) for line in printed.out.splitlines()]
+    names = {name for name, _ in listed}
+    assert names >= {"adamw", *(n.lower() for n in schatten.presets.__all__)}
+    assert names == set(optimizers.known()) and all(len(summary) > 20 for _, summary in listed)
+    assert command(monkeypatch, capsys, "compare", "--list")[1].out == printed.out
+
+
+def test_optimizers_that_evaluate_the_loss_themselves_are_compared_too(tmp_path):
+    names = ("jaguarmuon", "muonmvr2")
+    settings = run(tmp_path / "out", optimizers=names, lrs={name: (1e-3,) for name in names}, steps=10)
+    assert [s.optimizer for s in settings] == list(names) and all(s.mean < 6 for s in settings)
+    with pytest.raises(InputError, match="--accumulate 1"):
+        config(optimizers=names, lrs={name: (1e-3,) for name in names}, accumulate=2)

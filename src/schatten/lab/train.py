@@ -109,7 +109,9 @@ class Trainer:
         losses = []
         if self.evaluates:
             before = self._clock()
-            losses.append(self.optimizer.step(self._closure(self._micro_batches(step))))
+            # accelerate's step() returns nothing, so the closure leaves its values here; the last is at the present weights.
+            self.optimizer.step(self._closure(self._micro_batches(step), values := []))
+            losses.append(values[-1])
             optimizer_seconds = self._clock() - before
             self.optimizer.zero_grad()
         for ids, targets in () if self.evaluates else self._micro_batches(step):
@@ -128,7 +130,7 @@ class Trainer:
         self.progress.optimizer_seconds += optimizer_seconds
         return torch.stack(losses).mean()
 
-    def _closure(self, batches: list[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+    def _closure(self, batches: list[tuple[Tensor, Tensor]], values: list[Tensor]) -> Callable[[], Tensor]:
         """What evaluates the loss of a step, with gradients where they are recorded; of one micro-batch (`CompareConfig`)."""
         ((ids, targets),) = batches
 
@@ -139,7 +141,8 @@ class Trainer:
                 self.accelerator.backward(loss)
                 if self.config.clip:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-            return self._mean(loss.detach())
+            values.append(self._mean(loss.detach()))
+            return values[-1]
 
         return closure
 
