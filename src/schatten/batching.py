@@ -43,6 +43,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def looking_is_free(p: Tensor) -> bool:
+    """Whether the host may look at a value without waiting for a device; where not, results are masked instead."""
+    return p.device.type == "cpu"
+
+
 def batches(
     members: Sequence[Member], max_batch_bytes: int, state: Mapping[Tensor, Mapping[str, Tensor]]
 ) -> Iterator[list[Member]]:
@@ -53,7 +58,7 @@ def batches(
     for same in alike.values():
         p = same[0][1]
         # A CPU gives each thread whole matrices: three on two threads take as long as four.
-        threads = torch.get_num_threads() if p.device.type == "cpu" else 1
+        threads = torch.get_num_threads() if looking_is_free(p) else 1
         kept = sum(t.numel() for key, t in state[p].items() if key not in COUNTERS) / max(1, p.numel())
         entry_bytes = BYTES_PER_ENTRY + STATE_BYTES * max(0.0, kept - 1)
         yield from _pieces(same, int(max_batch_bytes * 4 / (entry_bytes * wide(p.dtype).itemsize)), threads)
@@ -68,7 +73,7 @@ def _pieces(members: list[Any], entries: int, multiple: int = 1) -> list[list[An
 def parts(whole: "Part", by_rows: bool) -> list["Part"]:
     """A batch in the pieces its device prefers for elementwise work; large matrices by rows if `by_rows`."""
     p, blocks = whole.params[0], whole.blocks
-    if p.device.type != "cpu":
+    if not looking_is_free(p):
         return [whole]
     batch = list(zip(whole.indices, whole.params, whole.states, strict=True))
     if p.numel() <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype) or not all(map(_in_rows, batch)):
@@ -142,7 +147,7 @@ class Part:
         self.blocks = blocks
         self.rows = rows
         self.dtype = wide(self.params[0].dtype)
-        self.finite = [None if p.device.type == "cpu" else finite_gradient(p) for p in self.params]
+        self.finite = [None if looking_is_free(p) else finite_gradient(p) for p in self.params]
 
     def __len__(self) -> int:
         return len(self.params)

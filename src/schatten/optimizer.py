@@ -19,6 +19,7 @@ from schatten.batching import (
     Part,
     Room,
     batches,
+    looking_is_free,
     parts,
     places,
     wide,
@@ -267,7 +268,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         """Step parameters of one shape: signal and retraction part by part, the map on all of them at once."""
         first = batch[0][1]
         matrices = blocks(_layout(first, group), first.shape)
-        if first.device.type == "cpu":
+        if looking_is_free(first):
             batch = without_non_finite(batch, self.state)
             if not batch:
                 return
