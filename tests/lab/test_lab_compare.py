@@ -258,3 +258,10 @@ def test_optimizers_that_evaluate_the_loss_themselves_are_compared_too(tmp_path)
     assert [s.optimizer for s in settings] == list(names) and all(s.mean < 6 for s in settings)
     with pytest.raises(InputError, match="--accumulate 1"):
         config(optimizers=names, lrs={name: (1e-3,) for name in names}, accumulate=2)
+
+
+def test_pictures_hold_more_optimizers_than_there_are_colours(tmp_path):
+    names = tuple(list(optimizers.known())[:10])
+    # Warnings are errors, and matplotlib warns where a legend leaves no room for the axes.
+    settings = run(tmp_path / "out", optimizers=names, lrs={name: (1e-3,) for name in names}, steps=2, eval_every=1)
+    assert len(settings) == 10 and (tmp_path / "out" / "report.html").exists()

@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -134,8 +135,9 @@ def table(settings: Sequence[Setting]) -> Table:
     result = Table(title="validation loss in nats per token")
     for column in ("optimizer", "lr", "loss", "spread", "seeds", "seconds", "in optimizer", ""):
         result.add_column(column, justify="left" if column in ("optimizer", "") else "right", no_wrap=True)
+    tried = Counter(s.optimizer for s in settings)
     for s in settings:
-        mark = "best" if chosen[s.optimizer] is s and s.mean < float("inf") else ""
+        mark = "best" if tried[s.optimizer] > 1 and chosen[s.optimizer] is s and s.mean < float("inf") else ""
         notes = ", ".join(filter(None, (mark, f"{s.diverged} diverged" if s.diverged else "")))
         spread = "-" if s.spread != s.spread else f"{s.spread:.4f}"
         cells = (s.optimizer, f"{s.lr:g}", f"{s.mean:.4f}", spread, str(len(s.losses)), f"{s.seconds:.1f}")

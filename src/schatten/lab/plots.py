@@ -15,6 +15,9 @@ from schatten.lab.compare import Setting
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#F0E442")
 
+# More optimizers than colours repeat them in other line styles, and their legend needs a place of its own.
+LINES = ("-", "--", ":", "-.")
+
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -22,14 +25,27 @@ def colours(optimizers: Sequence[str]) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(optimizers)}
 
 
+def lines(optimizers: Sequence[str]) -> dict[str, str]:
+    return {name: LINES[i // len(COLOURS) % len(LINES)] for i, name in enumerate(optimizers)}
+
+
+def many(things: Sequence[Any] | Mapping[str, Any]) -> bool:
+    return len(things) > len(COLOURS)
+
+
+def curves_figure(optimizers: Sequence[str] | Mapping[str, Any]) -> Figure:
+    return Figure(figsize=(10.4, 7.0) if many(optimizers) else (7.2, 4.4), layout="constrained")
+
+
 def loss_curves(chosen: Mapping[str, Setting], curves: Mapping[str, Sequence[Records]], axis: str) -> Figure:
     """Loss of each optimizer's best lr against `axis`, "step" or "seconds".
 
     Validation is a line with a mark at each evaluation, the mean over seeds with their range; training a thin line.
     """
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = curves_figure(chosen)
     axes = figure.add_subplot()
     top = []
+    dashes = lines(list(chosen))
     for name, colour in colours(list(chosen)).items():
         runs = curves[name]
         evaluations = [[r for r in run if r["event"] == "eval"] for run in runs]
@@ -38,9 +54,10 @@ def loss_curves(chosen: Mapping[str, Setting], curves: Mapping[str, Sequence[Rec
             continue
         x = np.mean([[r[axis] for r in run[:count]] for run in evaluations], axis=0)
         y = np.array([[r["loss"] for r in run[:count]] for run in evaluations])
-        axes.plot(x, y.mean(axis=0), "o-", color=colour, markersize=4, label=f"{name}, lr {chosen[name].lr:g}")
+        style = {"color": colour, "linestyle": dashes[name], "marker": "o", "markersize": 4}
+        axes.plot(x, y.mean(axis=0), **style, label=f"{name}, lr {chosen[name].lr:g}")
         axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-        training = [r for r in runs[0] if r["event"] == "train"]
+        training = [] if many(chosen) else [r for r in runs[0] if r["event"] == "train"]
         axes.plot([r[axis] for r in training], [r["loss"] for r in training], color=colour, alpha=0.35, linewidth=0.8)
         top += y[:, 0].tolist()
     if top:
@@ -48,32 +65,35 @@ def loss_curves(chosen: Mapping[str, Setting], curves: Mapping[str, Sequence[Rec
         axes.set_ylim(top=max(top) * 1.12)
     axes.set_xlabel("optimizer steps" if axis == "step" else "seconds of training, evaluation excluded")
     axes.set_ylabel("loss, nats per token")
-    _finish(axes, legend=bool(top))
+    _finish(axes, legend=bool(top), outside=many(chosen))
     return figure
 
 
 def lr_sensitivity(settings: Sequence[Setting]) -> Figure:
     """Final validation loss against lr: mean and standard deviation over seeds; diverged settings as crosses at the top."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
     names = list(dict.fromkeys(s.optimizer for s in settings))
+    figure = curves_figure(names)
+    axes = figure.add_subplot()
+    dashes = lines(names)
     finite = [s.mean for s in settings if math.isfinite(s.mean)]
     ceiling = max(finite) + 0.1 * (max(finite) - min(finite) or 1.0) if finite else 1.0
     for name, colour in colours(names).items():
         rows = sorted((s for s in settings if s.optimizer == name), key=lambda s: s.lr)
         good = [s for s in rows if math.isfinite(s.mean)]
         spread = [0.0 if math.isnan(s.spread) else s.spread for s in good]
-        axes.errorbar([s.lr for s in good], [s.mean for s in good], spread, fmt="o-", color=colour, capsize=3, label=name)
+        style = {"color": colour, "linestyle": dashes[name], "marker": "o", "capsize": 3}
+        axes.errorbar([s.lr for s in good], [s.mean for s in good], spread, **style, label=name)
         bad = [s.lr for s in rows if not math.isfinite(s.mean)]
         if bad:
             axes.plot(bad, [ceiling] * len(bad), "x", color=colour, markersize=9, label=f"{name}, diverged (inf)")
     axes.set_xscale("log")
     lrs = sorted({s.lr for s in settings})
-    axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
-    axes.set_xticks([], minor=True)
+    if not many(lrs):
+        axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+        axes.set_xticks([], minor=True)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("final validation loss, nats per token")
-    _finish(axes)
+    _finish(axes, outside=many(names))
     return figure
 
 
@@ -104,18 +124,21 @@ def spectra(weights: Mapping[str, Mapping[str, np.ndarray]], bounds: Mapping[str
     kinds = {kind(name): [n for n in names if kind(n) == kind(name)] for name in names}
     columns = min(3, len(kinds))
     rows = math.ceil(len(kinds) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.4), layout="constrained")
+    crowded = many(weights)
+    figure = Figure(figsize=(3.4 * columns + (2.0 if crowded else 0), 2.6 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    palette = colours(list(weights))
+    palette, dashes = colours(list(weights)), lines(list(weights))
     for axes, (label, members) in zip(grid.flat, kinds.items(), strict=False):
         pooled = {o: np.concatenate([values[n] for n in members if n in values]) for o, values in weights.items()}
-        lines = {o: min(bound[n] for n in members) for o, bound in bounds.items() if any(n in bound for n in members)}
-        everything = np.concatenate([*pooled.values(), np.array(list(lines.values()))])
+        radii = {o: min(bound[n] for n in members) for o, bound in bounds.items() if any(n in bound for n in members)}
+        radii = {} if crowded else radii
+        everything = np.concatenate([*pooled.values(), np.array(list(radii.values()))])
         positive = everything[everything > 1e-4 * everything.max()]
         bins = np.geomspace(positive.min(), 1.1 * positive.max(), 40)
         for optimizer, values in pooled.items():
-            axes.hist(values, bins, color=palette[optimizer], alpha=0.55, label=optimizer)
-        for optimizer, line in lines.items():
+            style = {"histtype": "step", "linestyle": dashes[optimizer]} if crowded else {"alpha": 0.55}
+            axes.hist(values, bins, color=palette[optimizer], label=optimizer, **style)
+        for optimizer, line in radii.items():
             axes.axvline(line, color=palette[optimizer], linestyle="--", label=f"c/λ of {optimizer}: {line:.3g}")
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -123,7 +146,10 @@ def spectra(weights: Mapping[str, Mapping[str, np.ndarray]], bounds: Mapping[str
         axes.set_xlabel("singular value")
         axes.set_ylabel("count")
         _finish(axes, legend=False)
-        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+        if not crowded:
+            axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    if crowded:
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
     for axes in grid.flat[len(kinds) :]:
         axes.set_axis_off()
     return figure
@@ -134,8 +160,10 @@ def kind(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight")
 
 
-def _finish(axes: Axes, legend: bool = True) -> None:
+def _finish(axes: Axes, legend: bool = True, outside: bool = False) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend:
+    if legend and outside:
+        axes.get_figure().legend(loc="outside right upper", fontsize=8, frameon=False)  # type: ignore[union-attr]
+    elif legend:
         axes.legend(frameon=False)

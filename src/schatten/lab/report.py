@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def _png(figure: Figure) -> bytes:
 def _page(config: dict[str, Any], settings: list[Setting], images: dict[str, bytes]) -> str:
     chosen = best(settings)
     rows = []
+    tried = Counter(s.optimizer for s in settings)
     for s in settings:
-        mark = chosen[s.optimizer] is s and math.isfinite(s.mean)
+        mark = tried[s.optimizer] > 1 and chosen[s.optimizer] is s and math.isfinite(s.mean)
         spread = "-" if math.isnan(s.spread) else f"{s.spread:.4f}"
         notes = ", ".join(filter(None, ("best" if mark else "", f"{s.diverged} diverged" if s.diverged else "")))
         cells = (s.optimizer, f"{s.lr:g}", f"{s.mean:.4f}", spread, len(s.losses), f"{s.seconds:.1f}")
