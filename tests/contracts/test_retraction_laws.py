@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from schatten import retractions
-from schatten.retractions import CautiousDecay, DecoupledDecay, TiedDecay, UpdateFloor
+from schatten.retractions import CautiousDecay, DecoupledDecay, ServerCompression, TiedDecay, UpdateFloor
 
 # A default of every class of the package, so that a new one is tested without being named here, and other forms.
 CLASSES = [kind for name in retractions.__all__ if inspect.isclass(kind := getattr(retractions, name)) and name != "Retraction"]
@@ -17,7 +17,7 @@ RETRACTIONS = [kind() for kind in CLASSES] + [
     UpdateFloor(ratio=30.0, over="rows"),
 ]
 
-GROUP = {"lr": 0.1, "initial_lr": 0.4, "weight_decay": 0.5}
+GROUP = {"step": 1, "lr": 0.1, "initial_lr": 0.4, "weight_decay": 0.5}
 
 # Parameters, blocks, fan_out, fan_in.
 SHAPE = (3, 2, 6, 4)
@@ -113,7 +113,9 @@ def test_a_zero_direction_without_decay_leaves_every_bit_of_the_weights_then_and
     # What the weight was stored in rounds it: its norm is not what the retraction left.
     moved = moved.to(torch.bfloat16).double()
     still, state = retraction(moved, torch.zeros_like(D), length, state, group)
-    assert torch.equal(still, moved)
+    # A compressing server sends on what rounding, or earlier messages, left of its own weight.
+    ulps = 4 if isinstance(retraction, ServerCompression) else 0
+    assert ((still - moved).abs() <= ulps * torch.finfo(W.dtype).eps * moved.abs().amax()).all()
 
 
 def test_one_zero_direction_in_a_batch_changes_no_neighbours_step(retraction, length):

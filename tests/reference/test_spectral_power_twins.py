@@ -46,11 +46,9 @@ def adam_twin(p, normalize):
 
 
 @pytest.mark.parametrize("normalize", [None, "rms"])
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("family", ["SGD", "Adam"])
+# Not a negative power of Adam's ratio: its first one is a matrix of signs, whose rounding it amplifies without bound.
+@pytest.mark.parametrize(("family", "p"), [(f, p) for f in ("SGD", "Adam") for p in POWERS if f == "SGD" or p >= 0])
 def test_every_exponent_equals_its_formula(family, p, normalize):
-    if family == "Adam" and p < 0:
-        pytest.skip("a negative power of Adam's first ratio, a matrix of signs, amplifies rounding without bound")
     preset, twin = {
         "SGD": (schatten.presets.SpectralSGD, momentum_twin),
         "Adam": (schatten.presets.SpectralAdam, adam_twin),
