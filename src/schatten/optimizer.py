@@ -4,6 +4,7 @@ A spectral group is stepped by its rule, matrices of one shape at a time as one 
 functional AdamW. Nothing in a step waits for the device: a non-finite gradient is masked, not branched on.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -171,6 +172,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
         spectral = algorithm == "spectral"
+        if spectral:
+            self._refuse_fixed_options(group)
         inherited = {k: v for k, v in self.defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
         group = {**inherited, **({} if spectral else self.defaults["adamw"]), "step": 0, **group}
         check_parameters(group)
@@ -193,6 +196,15 @@ class SpectralOptimizer(torch.optim.Optimizer):
             del added[key]
         for p in added["params"]:
             self.state[p] = self._fresh_state(p, added)
+
+    def _refuse_fixed_options(self, group: Mapping[str, Any]) -> None:
+        options = inspect.signature(type(self).__init__).parameters
+        fixed = [key for key in group if key in options and key not in self.defaults and key not in ("params", "rule")]
+        if fixed:
+            raise ValueError(
+                f"{fixed[0]} is one for all groups of {type(self).__name__}, got it in a group: leave it to the constructor, or "
+                f"give the group a rule of its own under the key 'rule'."
+            )
 
     def _refuse_duplicates(self, group: Mapping[str, Any]) -> None:
         owned = {p: name_of(g, i) for g in self.param_groups for i, p in enumerate(g["params"])}

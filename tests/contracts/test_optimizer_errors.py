@@ -197,3 +197,16 @@ def test_a_sparse_gradient_is_refused_by_name_before_any_weight_or_state_changes
     assert all(torch.equal(p, w) for p, w in zip((first, table), before, strict=True))
     assert all(value.count_nonzero() == 0 for p in (first, table) for value in opt.state[p].values())
     assert all(group["step"] == 0 for group in opt.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("preset", "option"),
+    [(schatten.NorMuon, {"scale": "mup"}), (schatten.Dion, {"rank": 0.5}), (schatten.SpectralAdam, {"eps": 1e-6})],
+)
+def test_an_option_that_a_group_cannot_change_is_refused_there_instead_of_ignored(preset, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is one for all groups of {preset.__name__}"):
+        preset([{"params": [matrix()], **option}])
+    rule = schatten.Rule(scale=schatten.scales.Scale("none"))
+    opt = preset([{"params": [matrix()], "rule": rule, "momentum": 0.5}])
+    assert opt.rule(opt.param_groups[0]) == rule

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schatten.lab.store import encoded, write_atomically
+from schatten.solvers.core import working_dtype
 
 Row = dict[str, Any]
 
@@ -53,6 +54,7 @@ def save(path: Path, result: Mapping[str, Any]) -> None:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),
+        "working_dtype": str(working_dtype(torch.zeros(1), "auto")),
         "commit": _commit(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
