@@ -202,8 +202,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         fixed = [key for key in group if key in options and key not in self.defaults and key not in ("params", "rule")]
         if fixed:
             raise ValueError(
-                f"{fixed[0]} is one for all groups of {type(self).__name__}, got it in a group: leave it to the constructor, or "
-                f"give the group a rule of its own under the key 'rule'."
+                f"{fixed[0]} is one for all groups of {type(self).__name__}, got it in a group: leave it to the constructor, "
+                f"or give the group a rule of its own under the key 'rule'."
             )
 
     def _refuse_duplicates(self, group: Mapping[str, Any]) -> None:
