@@ -15,6 +15,7 @@ from torch import nn
 import schatten
 from schatten import maps
 from schatten.lab.errors import InputError
+from schatten.presets.lion_k import reads_any_tensor
 
 BASELINE = "adamw"
 
@@ -129,7 +130,7 @@ def build(
     options = dict(contestant.options)
     if weight_decay is not None and contestant.preset not in OWN_DECAY:
         options["weight_decay"] = weight_decay
-    others = contestant.preset.others == "spectral" or getattr(options.get("map"), "over", "spectrum") in ("entries", "matrix")
+    others = contestant.preset.others == "spectral" or ("map" in options and reads_any_tensor(options["map"]))
     route, extra = ("spectral", {"layout": "flat"}) if others else ("adamw", {})
     vectors_rule = {"weight_decay": 0.0, **extra}
     rules = [(entry.name, route, vectors_rule) for entry in schatten.plan(model) if len(entry.shape) < 2]

@@ -49,8 +49,8 @@ class JaguarMuon(SpectralOptimizer):
     Blocks are drawn from the step's number, not from torch's generators. With decay lambda the constraint is that of Muon,
     ||W||_op <= 1 / lambda, and |w| <= 1 / lambda for entries of vectors.
 
-    Differences from the released code: two-point estimate and momentum as there; the default exponent of its shape factor
-    is not used, as in the paper. The estimate is left in `p.grad` after the step.
+    Differences from the released code: blocks are the same on every device and rank, and decay is added. The estimate is left
+    in `p.grad` after the step. On several ranks the closure must return the mean of their losses.
 
     Args:
         params: a module, all of which it trains, or matrices; other tensors in a group with `layout="flat"`.

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from schatten.maps import Map, Nuclear
+from schatten.maps import Frobenius, Map, Nuclear, Scaled, Sum
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import Retraction, named
 from schatten.rule import Rule
@@ -68,9 +68,17 @@ class LionK(SpectralOptimizer):
         **options: Any,
     ) -> None:
         map = Nuclear() if map is None else map
-        whole = getattr(map, "over", "spectrum") in ("entries", "matrix")
+        whole = reads_any_tensor(map)
         self.others = "spectral" if whole else "adamw"
         if whole and not isinstance(params, nn.Module):
             options = {"layout": "flat", **options}
         rule = Rule(TwoBeta(form), map, Scale(scale), named(decay))
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay, betas=betas, **options)
+
+
+def reads_any_tensor(map: Map) -> bool:
+    """Whether a map acts on entries or on the whole tensor, so that it does not matter how the tensor is read as a matrix."""
+    if isinstance(map, Sum):
+        return all(reads_any_tensor(part) for part in map.maps)
+    inner = map.map if isinstance(map, Scaled) else map
+    return isinstance(inner, Frobenius) or getattr(inner, "over", "spectrum") in ("entries", "matrix")

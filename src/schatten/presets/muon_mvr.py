@@ -33,7 +33,8 @@ class MuonMVR(SpectralOptimizer):
 
     gamma = 1 without the clip is STORM. The constraint under decay is Muon's, ||W||_op <= c / lambda.
 
-    Differences from the released code: none known; the official code is not public, defaults are those it was reported with.
+    Differences from the released code: not compared with one; the defaults are those the method was reported with, decay is
+    Moonlight's.
 
     Args:
         params: a module, or matrices.

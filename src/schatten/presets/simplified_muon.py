@@ -34,7 +34,8 @@ class SimplifiedMuon(SpectralOptimizer):
         decay: see `Muon`.
         options: of `SpectralOptimizer`; AdamW groups have lr 3e-4 unless `adamw={"lr": ...}` says otherwise.
 
-    No state. The polar factor is exact (`solvers.svd`), so this is for study, not for large matrices.
+    Differences from the papers: decay is possible. No state. The polar factor is exact (`solvers.svd`), so this is for study,
+    not for large matrices.
 
     Example:
         >>> import torch, schatten
