@@ -41,6 +41,8 @@ def init_spectral_(model: Model, rules: Sequence[tuple[Any, ...]] = ()) -> Model
         >>> [round(float(torch.linalg.matrix_norm(layer.weight.detach(), 2)), 4) for layer in model]
         [2.0, 0.5]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"init_spectral_ rescales the matrices of a torch.nn.Module, got {type(model).__name__}.")
     params = dict(model.named_parameters())
     scaled, unusable = [], []
     for entry in plan(model, rules):

@@ -50,8 +50,7 @@ def spectral_direction(p: float, solver: Any = None) -> Map | Direction:
 
     `solver` is a `Solver` for p = 0 and a `FunctionSolver` for the other powers, p = 1 needs none.
     """
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not -0.9 <= p <= 1:
-        raise ValueError(f"p must lie in [-0.9, 1], got {p!r}.")
+    check_power(p)
     if p == 0:
         return Nuclear(polynomial() if solver is None else solver)
     if p == 1:
@@ -63,6 +62,12 @@ def spectral_direction(p: float, solver: Any = None) -> Map | Direction:
     return NegativePower(p, solver)
 
 
+def check_power(p: object) -> None:
+    """Raise ValueError for what is no exponent in [-0.9, 1]."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not -0.9 <= p <= 1:
+        raise ValueError(f"p must be a number in [-0.9, 1], got {p!r}.")
+
+
 def power_scale(p: float, normalize: str | None) -> Factor:
     """The released factor of a power, sqrt(max(1, fan_out / fan_in)) for p = 0 alone, or AdamW's RMS for all with "rms"."""
     if normalize not in (None, "rms"):
@@ -72,6 +77,7 @@ def power_scale(p: float, normalize: str | None) -> Factor:
 
 def power_lr(p: float, normalize: str | None, published: Sequence[tuple[float, float]]) -> float:
     """The lr of an exponent: geometric interpolation of the published (p, lr), the first below them; 1e-3 with "rms"."""
+    check_power(p)
     if normalize:
         return 1e-3
     if p <= published[0][0]:

@@ -89,10 +89,9 @@ class JaguarMuon(SpectralOptimizer):
         decay: str | Retraction = "explicit",
         **options: Any,
     ) -> None:
-        if not 0 < eps < float("inf"):
-            raise ValueError(f"eps must lie in (0, inf), got {eps!r}.")
-        if not 0 < share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {share!r}.")
+        for name, value, high in (("eps", eps, 1e30), ("share", share, 1.0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= high:
+                raise ValueError(f"{name} must be a number in (0, {high:g}], got {value!r}.")
         self._map = Nuclear(polynomial() if solver is None else solver)
         self._decay = named(decay)
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, eps=eps, share=share, **options)

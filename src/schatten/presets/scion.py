@@ -84,8 +84,11 @@ class Scion(SpectralOptimizer):
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The ball of a group, with its radius as a factor of the map: decay 1 then keeps weights inside."""
+        radius = group["radius"]
+        if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 < radius < float("inf"):
+            raise ValueError(f"radius must be a number in (0, inf), got {radius!r}.")
         if group["ball"] not in BALLS:
             raise ValueError(f"ball must be one of {', '.join(map(repr, BALLS))}, got {group['ball']!r}.")
         spectral = group["ball"] == "spectral"
-        K = group["radius"] * (self._nuclear if spectral else L1())
+        K = radius * (self._nuclear if spectral else L1())
         return Rule(Momentum(nesterov=False), K, Scale("mup" if spectral else "none"), DecoupledDecay())

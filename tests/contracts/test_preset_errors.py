@@ -1,0 +1,90 @@
+"""What presets refuse at construction: the parameter is named, with what was given."""
+
+import pytest
+import torch
+from torch import nn
+
+import schatten
+from schatten import maps, solvers
+
+
+def matrix():
+    return nn.Parameter(torch.zeros(4, 3))
+
+
+CASES = {
+    "an unknown option": (lambda: schatten.NorMuon([matrix()], learning_rate=0.1), r"got \['learning_rate'\]"),
+    "an exponent above 1": (lambda: schatten.SpectralSGD([matrix()], p=2), r"p must be a number in \[-0.9, 1\], got 2"),
+    "an exponent as text": (lambda: schatten.SpectralAdam([matrix()], p="1/2"), r"p must be a number .* got '1/2'"),
+    "another normalisation": (
+        lambda: schatten.SpectralSGD([matrix()], normalize="RMS"),
+        "normalize must be None .* got \"?'RMS",
+    ),
+    "a polar solver for a power": (
+        lambda: schatten.SpectralSGD([matrix()], p=0.5, solver=solvers.polynomial()),
+        r"solver must compute U S\^0.5 V\^T, as schatten.solvers.tower\(\)",
+    ),
+    "a map as text": (lambda: schatten.LionK([matrix()], "nuclear"), "map must be a map of schatten.maps, got 'nuclear'"),
+    "a map's class": (lambda: schatten.LionK([matrix()], maps.L1), r"got the class L1: write L1\(...\)"),
+    "another form": (lambda: schatten.LionK([matrix()], form="web"), "form must be 'paper' .* got 'web'"),
+    "no direction": (lambda: schatten.Fanion([matrix()], count=0), "count >= 1 of singular values, got count=0"),
+    "a mixture that is none": (
+        lambda: schatten.FMuon([matrix()], alpha=1),
+        r"alpha must lie in \(0, 1\), got 1; for 1 use Muon",
+    ),
+    "no sign part": (lambda: schatten.SMuon([matrix()], eta_s=0), r"eta_s must lie in \(0, inf\), got 0; without .* use Muon"),
+    "a correction above 1": (lambda: schatten.MuonMVR([matrix()], gamma=2), r"gamma must lie in \[0, 1\] .* got 2"),
+    "another ball": (
+        lambda: schatten.Scion([{"params": [matrix()], "ball": "cube"}]),
+        "ball must be one of 'spectral', 'sign'",
+    ),
+    "a negative radius": (lambda: schatten.Scion([matrix()], radius=-1), r"radius must be a number in \(0, inf\), got -1"),
+    "an empty block": (lambda: schatten.JaguarMuon([matrix()], share=0), r"share must be a number in \(0, 1\], got 0"),
+    "no difference": (lambda: schatten.JaguarMuon([matrix()], eps="x"), r"eps must be a number in .* got 'x'"),
+    "a vector": (lambda: schatten.NorMuon([nn.Parameter(torch.zeros(3))]), r"params\[0\] has shape \(3,\)"),
+    "a beta of 1": (lambda: schatten.NorMuon([matrix()], beta2=1.0), r"beta2 must lie in \[0, 1\), got 1.0"),
+    "one beta": (lambda: schatten.Lion([matrix()], betas=(0.9,)), r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
+    "a negative eps": (lambda: schatten.SpectralAdam([matrix()], eps=-1), "eps must be finite and >= 0, got -1"),
+    "a target of 0": (lambda: schatten.scales.RMS(0), r"target must lie in \(0, inf\), got 0"),
+    "a list to initialise": (lambda: schatten.init_spectral_([matrix()]), "torch.nn.Module, got list"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused(case):
+    construct, words = CASES[case]
+    with pytest.raises((TypeError, ValueError), match=words):
+        construct()
+
+
+def test_previous_weights_are_for_mvr2():
+    with (
+        pytest.raises(RuntimeError, match="build the optimizer with exact=True"),
+        schatten.MuonMVR([matrix()]).previous_weights(),
+    ):
+        pass
+
+
+def test_mvr2_refuses_a_step_without_its_second_gradient_and_changes_nothing():
+    W = matrix()
+    opt = schatten.MuonMVR([W], exact=True)
+    W.grad = torch.ones(4, 3)
+    opt.step()  # the first has no previous weights
+    before = W.detach().clone()
+    with pytest.raises(RuntimeError, match=r"gradient at the previous weights too: pass a closure to step\(\)"):
+        opt.step()
+    assert torch.equal(W, before)
+
+
+def test_previous_weights_come_back_when_the_evaluation_fails():
+    W = nn.Parameter(torch.randn(4, 3))
+    opt = schatten.MuonMVR([W], exact=True)
+    W.grad = torch.ones(4, 3)
+    opt.step()
+    weight, grad = W.detach().clone(), W.grad
+    with pytest.raises(ZeroDivisionError), opt.previous_weights():
+        assert not torch.equal(W, weight) and W.grad is None
+        raise ZeroDivisionError
+    assert torch.equal(W, weight) and W.grad is grad
+    with pytest.raises(RuntimeError, match="previous weights"):
+        opt.step()
