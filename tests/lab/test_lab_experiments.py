@@ -15,7 +15,7 @@ from schatten import cli
 from schatten.lab import experiments
 from schatten.lab.experiments import fanions
 
-METHODS = {method.name: method for method in fanions.METHODS}
+METHODS = {method.name: method for method in fanions.methods("float64")}
 QUIET = Console(quiet=True)
 SIZE, TARGET = 12, 0.01
 
