@@ -12,7 +12,7 @@ from torch import Tensor
 from schatten.directions import Direction, State
 from schatten.maps import Map, Nuclear
 from schatten.retractions import DecoupledDecay, Retraction
-from schatten.scales import Factor, Scale
+from schatten.scales import RMS, Factor, Scale
 from schatten.signals import Momentum, Signal
 
 
@@ -71,5 +71,6 @@ class Rule:
         return self.map(S, state, group)
 
     def describe(self, weight_decay: float, fan_out: int, fan_in: int) -> str:
-        """What decoupled decay makes this rule solve for a fan_out x fan_in matrix."""
-        return self.map.describe(weight_decay, self.scale.factor(fan_out, fan_in))
+        """What decoupled decay makes this rule solve for a fan_out x fan_in matrix; a measured scale counts as of U V^T."""
+        problem = self.map.describe(weight_decay, self.scale.factor(fan_out, fan_in))
+        return f"{problem}, for D as long as U V^T" if weight_decay and isinstance(self.scale, RMS) else problem
