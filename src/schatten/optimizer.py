@@ -174,6 +174,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         spectral = algorithm == "spectral"
         if spectral:
             self._refuse_fixed_options(group)
+            self._refuse_unfed(self.rule({**self.defaults, **group}))
         inherited = {k: v for k, v in self.defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
         group = {**inherited, **({} if spectral else self.defaults["adamw"]), "step": 0, **group}
         check_parameters(group)
@@ -205,6 +206,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 f"{fixed[0]} is one for all groups of {type(self).__name__}, got it in a group: leave it to the constructor, "
                 f"or give the group a rule of its own under the key 'rule'."
             )
+
+    def _refuse_unfed(self, rule: Rule) -> None:
+        feeder = getattr(rule.signal, "fed_by", None)
+        if feeder is not None and feeder not in {base.__name__ for base in type(self).__mro__}:
+            raise ValueError(f"{rule.signal!r} reads what {feeder} evaluates for it: build {feeder}(...) instead.")
 
     def _refuse_duplicates(self, group: Mapping[str, Any]) -> None:
         owned = {p: name_of(g, i) for g in self.param_groups for i, p in enumerate(g["params"])}

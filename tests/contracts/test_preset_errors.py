@@ -88,3 +88,29 @@ def test_previous_weights_come_back_when_the_evaluation_fails():
     assert torch.equal(W, weight) and W.grad is grad
     with pytest.raises(RuntimeError, match="previous weights"):
         opt.step()
+
+
+@pytest.mark.parametrize(
+    ("signal", "preset"),
+    [
+        (schatten.signals.VarianceReduced(exact=True), "MuonMVR"),
+        (schatten.signals.ErrorFeedback(workers=2), "EF21Muon"),
+        (schatten.presets.jaguar_muon.BlockMomentum(), "JaguarMuon"),
+    ],
+)
+def test_a_signal_that_a_preset_feeds_is_refused_elsewhere_instead_of_reading_zeros(signal, preset):
+    with pytest.raises(ValueError, match=rf"reads what {preset} evaluates for it: build {preset}\("):
+        schatten.SpectralOptimizer([matrix()], schatten.Rule(signal), momentum=0.9)
+
+
+def test_mvr_groups_are_evaluated_alike():
+    rule = schatten.Rule(schatten.signals.VarianceReduced(exact=True))
+    with pytest.raises(ValueError, match="all groups are evaluated alike, with exact=False"):
+        schatten.MuonMVR([{"params": [matrix()], "rule": rule}])
+
+
+def test_only_mvr2_keeps_a_copy_of_the_weights():
+    params = [{"params": [matrix()]}, {"params": [nn.Parameter(torch.zeros(3))], "algorithm": "adamw"}]
+    for exact in (False, True):
+        opt = schatten.MuonMVR([dict(group) for group in params], exact=exact)
+        assert ["previous_weight" in state for state in opt.state.values()] == [exact, exact]

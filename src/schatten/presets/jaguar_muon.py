@@ -24,6 +24,7 @@ class BlockMomentum:
 
     block_alone: bool = False
 
+    fed_by: ClassVar[str] = "JaguarMuon"
     hyperparameters: ClassVar[tuple[str, ...]] = ("momentum",)
     elementwise: ClassVar[bool] = False
 

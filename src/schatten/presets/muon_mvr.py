@@ -86,13 +86,20 @@ class MuonMVR(SpectralOptimizer):
 
     @property
     def exact(self) -> bool:
-        """Whether a group's rule needs gradients at the previous weights."""
-        return any(_is_exact(self.rule(group)) for group in self.param_groups if group["algorithm"] == "spectral")
+        """Whether a step needs gradients at the previous weights."""
+        return _is_exact(self.defaults["rule"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `SpectralOptimizer`'s; a rule of the group's own must need the same evaluations."""
+        rule = param_group.get("rule") if isinstance(param_group, dict) else None
+        if isinstance(rule, Rule) and _is_exact(rule) != self.exact:
+            raise ValueError(f"rule: all groups are evaluated alike, with exact={self.exact}, got {rule.signal!r} in a group.")
+        super().add_param_group(param_group)
 
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = super()._fresh_state(p, group)
         # Of every parameter: the second gradient is of the whole model at its previous weights.
-        if group["algorithm"] == "adamw" or _is_exact(self.rule(group)):
+        if self.exact:
             state["previous_weight"] = p.detach().to(wide(p.dtype), copy=True, memory_format=torch.contiguous_format)
         return state
 

@@ -29,11 +29,11 @@ class UnitSpectralNorm(NoK):
     nuclear: Nuclear = field(default_factory=Nuclear)
 
     def __call__(self, S: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        O = self.nuclear.grad(S)  # noqa: E741
-        wide = O.flatten(0, -3)
-        X = wide if O.shape[-2] <= O.shape[-1] else wide.mT
-        size = spectral_norm_from_gram(torch.bmm(X, X.mT)).view(*O.shape[:-2], 1, 1)
-        return rescaled(O, size, 1.0), {}
+        P = self.nuclear.grad(S)
+        flat = P.flatten(0, -3)
+        X = flat if P.shape[-2] <= P.shape[-1] else flat.mT
+        size = spectral_norm_from_gram(torch.bmm(X, X.mT)).view(*P.shape[:-2], 1, 1)
+        return rescaled(P, size, 1.0), {}
 
     def describe(self, weight_decay: float, factor: float = 1.0) -> str:
         return self.nuclear.describe(weight_decay, factor)

@@ -16,7 +16,8 @@ class Signal(Protocol):
     an empty tensor (blocks, fan_out, fan_in) of the precision of state; each tensor starts with the dimension `blocks`.
     `state` is what `init` made, stacked over parameters, and under `"step"` the number of steps of each parameter, this one
     included, as (parameters, 1, 1, 1). `hyperparameters` names the numbers read from the group. `elementwise` promises
-    that every state tensor has the matrix's shape and that any rows of a matrix may be given without the others.
+    that every state tensor has the matrix's shape and that any rows of a matrix may be given without the others. A signal
+    that reads what one preset's `evaluate` puts into its state names that preset in `fed_by`; others refuse it.
     """
 
     hyperparameters: ClassVar[tuple[str, ...]]

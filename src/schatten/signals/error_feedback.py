@@ -66,6 +66,10 @@ class ErrorFeedback:
         """Whether several workers are in this process."""
         return self.rank is None and self.workers > 1
 
+    @property
+    def fed_by(self) -> str | None:
+        return "EF21Muon" if self.simulated or self.rank is not None else None
+
     def init(self, W: Tensor) -> dict[str, Tensor]:
         own = (W.shape[0], self.workers, *W.shape[1:]) if self.simulated else W.shape
         shapes = {"momentum_buffer": own}

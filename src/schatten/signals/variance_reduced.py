@@ -45,6 +45,10 @@ class VarianceReduced:
             raise ValueError(f"gamma must lie in [0, 1] (0 is plain momentum, 1 STORM), got {self.gamma!r}.")
         object.__setattr__(self, "gamma", float(self.gamma))
 
+    @property
+    def fed_by(self) -> str | None:
+        return "MuonMVR" if self.exact else None
+
     def init(self, W: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(W), "previous_gradient": torch.zeros_like(W)}
 
