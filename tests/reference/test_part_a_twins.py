@@ -47,7 +47,7 @@ def test_scion_equals_its_equation(ball, constrained):
     radius = 5.0
 
     def lmo(M):
-        return -mup(M) * polar(M) if ball == "spectral" else -M.sign()
+        return -mup(M) * polar(M) if ball == "spectral" else -M.sign() / M.shape[1]
 
     def twin(W, gradients):
         M = torch.zeros_like(W)

@@ -1,6 +1,7 @@
 """Scion: one norm ball per kind of layer."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,14 +18,26 @@ from schatten.solvers import Solver, polynomial
 BALLS = ("spectral", "sign")
 
 
+@dataclass(frozen=True)
+class PerInput:
+    """c = 1 / fan_in: signs of size c map inputs of RMS at most 1 to outputs of at most 1, whatever the width."""
+
+    def factor(self, fan_out: int, fan_in: int) -> float:
+        return 1 / fan_in
+
+    def __call__(self, D: Tensor) -> float:
+        return self.factor(*D.shape[-2:])
+
+
 class Scion(SpectralOptimizer):
     r"""Scion (arXiv 2502.07529): W <- (1 - lr) W + lr rho lmo(M), weights stay in a ball of radius rho of their layer's norm.
 
-        M <- beta M + (1 - beta) G,   lmo(M) = -sqrt(fan_out / fan_in) U V^T  (spectral ball)   or   -sign(M)  (sign ball)
+        M <- beta M + (1 - beta) G,
+        lmo(M) = -sqrt(fan_out / fan_in) U V^T  (spectral ball)   or   -sign(M) / fan_in  (sign ball)
 
     It is Muon without Nesterov, scale "mup", learning rate lr rho and decay 1 / rho: min F subject to
-    ||W||_op <= rho sqrt(fan_out / fan_in), and |w| <= rho for every entry under the sign ball. Learning rates transfer across
-    width. Given a module, hidden matrices get the spectral ball, embeddings and output heads the sign ball, and vectors
+    ||W||_op <= rho sqrt(fan_out / fan_in), and |w| <= rho / fan_in for every entry under the sign ball. Learning rates
+    transfer across width. Given a module, hidden matrices get the spectral ball, embeddings and output heads the sign ball, and vectors
     AdamW with the same lr; a group's `ball` and `radius` say otherwise. `constrained=False` is the unconstrained variant,
     W <- W + lr rho lmo(M).
 
@@ -71,7 +84,7 @@ class Scion(SpectralOptimizer):
         rules = list(rules)
         if isinstance(params, nn.Module):
             tables = [e.name for e in plan(params, rules) if e.route == "adamw" and len(e.shape) == 2]
-            sign = {"ball": "sign", "radius": sign_radius, "layout": "flat"}
+            sign = {"ball": "sign", "radius": sign_radius}
             rules += [(name, "spectral", sign) for name in tables]
             options["adamw"] = {"weight_decay": 0.0, **options.get("adamw", {})}
         weight_decay = 1.0 if constrained else 0.0
@@ -91,4 +104,4 @@ class Scion(SpectralOptimizer):
             raise ValueError(f"ball must be one of {', '.join(map(repr, BALLS))}, got {group['ball']!r}.")
         spectral = group["ball"] == "spectral"
         K = radius * (self._nuclear if spectral else L1())
-        return Rule(Momentum(nesterov=False), K, Scale("mup" if spectral else "none"), DecoupledDecay())
+        return Rule(Momentum(nesterov=False), K, Scale("mup") if spectral else PerInput(), DecoupledDecay())
