@@ -37,9 +37,9 @@ class Scion(SpectralOptimizer):
 
     It is Muon without Nesterov, scale "mup", learning rate lr rho and decay 1 / rho: min F subject to
     ||W||_op <= rho sqrt(fan_out / fan_in), and |w| <= rho / fan_in for every entry under the sign ball. Learning rates
-    transfer across width. Given a module, hidden matrices get the spectral ball, embeddings and output heads the sign ball, and vectors
-    AdamW with the same lr; a group's `ball` and `radius` say otherwise. `constrained=False` is the unconstrained variant,
-    W <- W + lr rho lmo(M).
+    transfer across width. Given a module, hidden matrices get the spectral ball, embeddings and output heads the sign ball,
+    and vectors AdamW with the same lr; a group's `ball` and `radius` say otherwise. `constrained=False` is the unconstrained
+    variant, W <- W + lr rho lmo(M).
 
     Differences from the released code: its `momentum` is 1 - beta; vectors are trained by AdamW instead of a ball of their
     RMS, and the input's column norm is not the default (nanoGPT's sign ball for the tied table is). Start on the ball with
