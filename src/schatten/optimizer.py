@@ -38,7 +38,7 @@ from schatten.groups import (
     unpack,
 )
 from schatten.layout import blocks, resolve
-from schatten.retractions import DecoupledDecay
+from schatten.retractions import decays_explicitly
 from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
@@ -67,7 +67,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         layout: how spectral groups that do not say so read their tensors as matrices.
         hyperparameters: the numbers the rule reads, such as `momentum=0.95` or `betas=(0.9, 0.99)`.
 
-    State, made at construction: what the signal keeps (one tensor per matrix for `Momentum`) and two counters; half
+    State, made at construction: what the slots keep (one tensor per matrix for `Momentum`) and two counters; half
     precision parameters have fp32 state. Raises ValueError or TypeError for a parameter or number no rule can use; the
     message names it.
 
@@ -183,8 +183,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             check_numbers(group, self.rule(group).hyperparameters)
         else:
             check_numbers(group)
-        retraction = self.rule(group).retraction if spectral else None
-        if getattr(retraction, "inner", retraction) != DecoupledDecay("implicit"):
+        if not spectral or decays_explicitly(self.rule(group).retraction):
             check_stability(group)
         keys = set(group)
         self._refuse_duplicates(group)

@@ -114,3 +114,32 @@ def test_only_mvr2_keeps_a_copy_of_the_weights():
     for exact in (False, True):
         opt = schatten.MuonMVR([dict(group) for group in params], exact=exact)
         assert ["previous_weight" in state for state in opt.state.values()] == [exact, exact]
+
+
+def test_a_gradient_that_is_not_finite_at_the_previous_weights_skips_its_matrix_only():
+    params = [matrix(), matrix()]
+    opt = schatten.MuonMVR(params, exact=True)
+    for step in range(3):
+        with opt.previous_weights():
+            for p in params:
+                p.grad = torch.ones(4, 3)
+            if step == 1:
+                params[0].grad[0, 0] = float("inf")
+        for p in params:
+            p.grad = torch.ones(4, 3)
+        opt.step()
+    assert opt.metrics()["skipped"] == {"0.0": 1}
+    assert all(p.isfinite().all() for p in params)
+    assert all(opt.state[p]["momentum_buffer"].isfinite().all() for p in params)
+
+
+def test_what_a_sample_did_not_use_at_the_previous_weights_had_gradient_zero_there():
+    p = matrix()
+    opt = schatten.MuonMVR([p], exact=True)
+    p.grad = torch.ones(4, 3)
+    opt.step()
+    with opt.previous_weights():
+        p.grad = torch.ones(4, 3)
+    with opt.previous_weights():
+        pass
+    assert opt.state[p]["previous_gradient"].count_nonzero() == 0

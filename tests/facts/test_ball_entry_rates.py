@@ -67,3 +67,19 @@ def test_a_step_larger_than_the_decay_allows_is_warned_of_with_the_reason():
         schatten.Muon([nn.Parameter(torch.zeros(2, 2))], lr=4.0, weight_decay=0.5)
     schatten.Muon([nn.Parameter(torch.zeros(2, 2))], lr=4.0, weight_decay=0.5, decay="implicit")
     schatten.Muon([nn.Parameter(torch.zeros(2, 2))], lr=2.0, weight_decay=0.5)
+
+
+@pytest.mark.parametrize(
+    ("decay", "warns"),
+    [
+        (schatten.retractions.CautiousDecay(), True),
+        (schatten.retractions.TiedDecay(), True),
+        (schatten.retractions.TiedDecay(schatten.retractions.DecoupledDecay("implicit")), False),
+        (schatten.retractions.CompositeStep(), False),
+        (schatten.retractions.UpdateFloor(), False),
+    ],
+    ids=repr,
+)
+def test_only_explicit_decay_is_warned_of(decay, warns, recwarn):
+    schatten.Muon([nn.Parameter(torch.zeros(2, 2))], lr=4.0, weight_decay=0.5, decay=decay)
+    assert bool(len(recwarn)) == warns

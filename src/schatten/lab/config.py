@@ -13,9 +13,6 @@ SCHEDULES = ("cosine", "linear")
 
 PRECISIONS = ("no", "bf16", "fp16")
 
-# Steps of these call the closure that computes the loss.
-EVALUATING = ("jaguarmuon", "muonmvr2", "storm")
-
 # The share of a linear schedule that is cool-down; before it the lr is constant.
 COOLDOWN = 0.4
 
@@ -95,7 +92,7 @@ class CompareConfig:
         for name in ("weight_decay", "clip"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}.")
-        evaluating = [name for name in self.optimizers if name in EVALUATING]
+        evaluating = [name for name in self.optimizers if optimizers.evaluates(name)]
         if evaluating and (self.accumulate > 1 or self.mixed_precision == "fp16"):
             raise InputError(
                 f"--optimizers {', '.join(evaluating)} evaluate the loss themselves, which goes with --accumulate 1 and "

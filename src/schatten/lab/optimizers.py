@@ -137,9 +137,10 @@ def build(
     return contestant.preset(model, lr=lr, adamw={"betas": betas}, rules=rules, **options)
 
 
-def evaluates(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step calls the closure that computes the loss, once or more, by its own rule."""
-    return bool(getattr(optimizer, "needs_closure", False) or getattr(optimizer, "exact", False))
+def evaluates(name: str) -> bool:
+    """Whether a step of the optimizer calls the closure that computes the loss, once or more, by its own rule."""
+    contestant = contestants().get(name)
+    return contestant is not None and (contestant.preset.needs_closure or bool(contestant.options.get("exact")))
 
 
 def bounds(optimizer: torch.optim.Optimizer) -> dict[str, float]:

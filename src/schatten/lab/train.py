@@ -66,7 +66,7 @@ class Trainer:
         betas = (config.beta1, config.beta2)
         optimizer = optimizers.build(run.optimizer, model, lr=run.lr, weight_decay=config.weight_decay, betas=betas)
         self.bounds = optimizers.bounds(optimizer)
-        self.evaluates = optimizers.evaluates(optimizer)
+        self.evaluates = optimizers.evaluates(run.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of the steps since the last log record

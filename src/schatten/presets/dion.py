@@ -43,8 +43,6 @@ class PowerIteration(NoK):
         return {"momentum_buffer": torch.zeros_like(W), "right": W.new_zeros(*W.shape[:-2], short, columns)}
 
     def __call__(self, S: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        if S.numel() == 0:
-            return S, {}
         wide = S.shape[-2] < S.shape[-1]
         B = state["momentum_buffer"] + S
         B = B.mT if wide else B

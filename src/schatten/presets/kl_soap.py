@@ -38,8 +38,6 @@ class RotatedAdam:
         return {"exp_avg": torch.zeros_like(W), "exp_avg_sq": torch.zeros_like(W), **self.basis.init(W)}
 
     def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        if G.numel() == 0:
-            return G, {}
         (beta1, beta2), first = group["betas"], state["step"] == 1
         turn, bases = self.basis(G, state, group, memory=max(beta1, beta2**0.5))
         P = turn.into(G)

@@ -44,8 +44,6 @@ class Equilibrated(NoK):
             raise ValueError(f"form must be one of {', '.join(map(repr, DIMS))}, got {self.form!r}.")
 
     def __call__(self, S: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        if S.numel() == 0:  # which has no largest entry
-            return S, {}
         largest = S.abs().amax((-2, -1), keepdim=True)
         X = S / torch.where(largest > 0, largest, 1.0)
         # All norms before the first division: "both" is simultaneous.

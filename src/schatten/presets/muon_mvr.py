@@ -108,7 +108,8 @@ class MuonMVR(SpectralOptimizer):
         """Inside, parameters hold the weights before the last step; gradients computed there become MVR2's G'.
 
         Gradients taken before are put back at the end, so it may come before or after the evaluation at the new weights.
-        Scale and accumulate both alike. Raises RuntimeError for MVR1, whose G' is kept from the last step.
+        Scale and accumulate both alike. If G' is not finite, the step skips that matrix and leaves nan in its `p.grad`.
+        Raises RuntimeError for MVR1, whose G' is kept from the last step.
         """
         if not self.exact:
             raise RuntimeError("previous_weights() is for MVR2: build the optimizer with exact=True.")
@@ -133,12 +134,15 @@ class MuonMVR(SpectralOptimizer):
         # Before the first step the kept weights may be older than ones loaded into the model since.
         return any(group["step"] > 0 for group in self.param_groups)
 
+    def _matrices(self) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+        return ((p, group) for group in self.param_groups if group["algorithm"] == "spectral" for p in group["params"])
+
     @torch.no_grad()
     def _keep_previous_gradients(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if group["algorithm"] == "spectral" and p.grad is not None:
-                    self.state[p]["previous_gradient"].copy_(-p.grad if group["maximize"] else p.grad)
+        for p, group in self._matrices():
+            # What this sample did not use at the previous weights had gradient zero there, not that of an earlier step.
+            G = torch.zeros_like(p) if p.grad is None else p.grad
+            self.state[p]["previous_gradient"].copy_(-G if group["maximize"] else G)
         self._evaluated = True
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -154,6 +158,12 @@ class MuonMVR(SpectralOptimizer):
                 "evaluate the loss again in `with opt.previous_weights():`. No weight was changed."
             )
         loss = super().evaluate(closure)
+        if self._evaluated:
+            for p, _ in self._matrices():
+                if p.grad is not None:
+                    # A gradient that was not finite there skips the step as one here does; `p.grad` is replaced, not written.
+                    finite = self.state[p]["previous_gradient"].sum().isfinite()
+                    p.grad = torch.where(finite, p.grad, torch.nan)
         self._evaluated = False
         for group in self.param_groups:
             for p in group["params"]:

@@ -40,8 +40,6 @@ class EqualisedMomentum:
         return {"momentum_buffer": torch.zeros_like(W), "exp_avg_sq": torch.zeros_like(W), **self.basis.init(W)}
 
     def __call__(self, G: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        if G.numel() == 0:
-            return G, {}
         beta, beta2, first = group["momentum"], group["beta2"], state["step"] == 1
         M = torch.lerp(state["momentum_buffer"], G, 1 - beta)
         S = torch.lerp(G, M, beta) if self.nesterov else M

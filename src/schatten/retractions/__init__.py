@@ -5,7 +5,7 @@ from schatten.retractions.composite_step import CompositeStep
 from schatten.retractions.core import Retraction
 from schatten.retractions.decoupled_decay import DecoupledDecay
 from schatten.retractions.fixed_norm import FixedNorm
-from schatten.retractions.named import named
+from schatten.retractions.named import decays_explicitly, named
 from schatten.retractions.server_compression import ServerCompression
 from schatten.retractions.tied_decay import TiedDecay
 from schatten.retractions.update_floor import UpdateFloor
@@ -19,5 +19,6 @@ __all__ = [
     "ServerCompression",
     "TiedDecay",
     "UpdateFloor",
+    "decays_explicitly",
     "named",
 ]
