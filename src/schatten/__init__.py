@@ -11,6 +11,7 @@ from schatten import compressors, directions, maps, presets, retractions, scales
 from schatten.ema_nesterov import EMANesterov
 from schatten.functions import apply_map, spectral_power
 from schatten.initialise import init_spectral_
+from schatten.layout import Layout
 from schatten.optimizer import SpectralOptimizer
 from schatten.polar import polar
 from schatten.presets import (
@@ -60,6 +61,7 @@ __all__ = [
     "Fanion",
     "Hyperball",
     "JaguarMuon",
+    "Layout",
     "Lion",
     "LionK",
     "Muon",

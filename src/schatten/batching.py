@@ -1,4 +1,4 @@
-"""Batching: parameters of one shape as stacks of logical matrices, and the way back into them.
+"""Batching: equal blocks of parameters as stacks of logical matrices, and the way back into them.
 
 Matrix products gain from large batches, elementwise work on a CPU from pieces that stay in its cache, so a batch is
 made of parts: the signal and the retraction see a part, the map sees the batch. Where both work on entries alone, a
@@ -8,12 +8,13 @@ large matrix is cut into parts by rows.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from schatten.rounding import store_
+from schatten.blockwise import decode, encode
+from schatten.rounding import noisy, stochastic_bf16, store_
+from schatten.state import COUNTERS, LOST, SCALES, Member, wide
 
 # What a step may allocate beside state and gradients, by default: matrices are multiplied in batches that keep to it.
 # Enough to fill the cores or the GPU, and below one and a half times the largest same-shape batch of GPT-2 small, 108 MiB.
@@ -31,64 +32,83 @@ STATE_BYTES = 12
 # other devices a part is the whole batch, which saves launches.
 MAX_CPU_PART_ENTRIES = 1 << 19
 
-COUNTERS = ("step", "skipped")
-
-Member = tuple[int, Tensor]
-
-StatedMember = tuple[int, Tensor, dict[str, Tensor]]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of state and arithmetic: the parameter's, but at least fp32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
 
 def looking_is_free(p: Tensor) -> bool:
     """Whether the host may look at a value without waiting for a device; where not, results are masked instead."""
     return p.device.type == "cpu"
 
 
-def batches(
-    members: Sequence[Member], max_batch_bytes: int, state: Mapping[Tensor, Mapping[str, Tensor]]
-) -> Iterator[list[Member]]:
-    """(index, parameter) pairs of one shape, dtype and device together, in batches that `max_batch_bytes` allows."""
+def finite_gradient(p: Tensor) -> Tensor:
+    """Whether the gradient is finite, on its device.
+
+    A sum is inf or nan if an entry is, and the cheapest reduction there is. It is so too if finite entries add up beyond
+    the dtype's range: such a gradient is skipped and counted as well.
+    """
+    assert p.grad is not None
+    return p.grad.sum(dtype=wide(p.dtype)).isfinite()
+
+
+def counted(p: Tensor, state: Mapping[str, Tensor], found_inf: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Count this step of a parameter, or its skipping: (whether the step may move it, a flag on the device that decides).
+
+    A step moves nothing where the gradient is not finite or a GradScaler has found one that is not (`found_inf`).
+    """
+    finite = finite_gradient(p)
+    if found_inf is not None:
+        finite = finite & (found_inf.to(finite.device) == 0)
+    if looking_is_free(p):
+        moved = bool(finite)
+        state["step" if moved else "skipped"].add_(1)
+        return moved, None
+    state["step"].add_(finite)
+    state["skipped"].add_(~finite)
+    return True, finite
+
+
+def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Member]]:
+    """Members with blocks of one shape, dtype and device together, in batches that `max_batch_bytes` allows."""
     alike: dict[tuple[object, ...], list[Member]] = defaultdict(list)
-    for index, p in members:
-        alike[p.shape, p.dtype, p.device].append((index, p))
+    for member in members:
+        alike[member.piece.blocks, member.p.dtype, member.p.device].append(member)
     for same in alike.values():
-        p = same[0][1]
+        p, entries = same[0].p, _entries(same[0])
         # A CPU gives each thread whole matrices: three on two threads take as long as four.
         threads = torch.get_num_threads() if looking_is_free(p) else 1
-        kept = sum(t.numel() for key, t in state[p].items() if key not in COUNTERS) / max(1, p.numel())
+        kept = sum(t.numel() for key, t in same[0].state.items() if key not in COUNTERS) / max(1, p.numel())
         entry_bytes = BYTES_PER_ENTRY + STATE_BYTES * max(0.0, kept - 1)
-        yield from _pieces(same, int(max_batch_bytes * 4 / (entry_bytes * wide(p.dtype).itemsize)), threads)
+        yield from _pieces(same, entries, int(max_batch_bytes * 4 / (entry_bytes * wide(p.dtype).itemsize)), threads)
 
 
-def _pieces(members: list[Any], entries: int, multiple: int = 1) -> list[list[Any]]:
-    size = max(1, entries // max(1, members[0][1].numel()))
+def _entries(member: Member) -> int:
+    return math.prod(member.piece.blocks)
+
+
+def _pieces(members: list[Member], entries: int, limit: int, multiple: int = 1) -> list[list[Member]]:
+    size = max(1, limit // max(1, entries))
     size = max(1, size // multiple * multiple)
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def parts(whole: "Part", by_rows: bool) -> list["Part"]:
     """A batch in the pieces its device prefers for elementwise work; large matrices by rows if `by_rows`."""
-    p, blocks = whole.params[0], whole.blocks
+    members, blocks = whole.members, whole.blocks
+    p, entries = members[0].p, _entries(members[0])
     if not looking_is_free(p):
         return [whole]
-    batch = list(zip(whole.indices, whole.params, whole.states, strict=True))
-    if p.numel() <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype) or not all(map(_in_rows, batch)):
-        pieces = _pieces(batch, MAX_CPU_PART_ENTRIES)
-        return [whole] if len(pieces) == 1 else [Part(members, blocks) for members in pieces]
+    if entries <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype) or not all(map(_in_rows, members)):
+        pieces = _pieces(members, entries, MAX_CPU_PART_ENTRIES)
+        return [whole] if len(pieces) == 1 else [Part(piece) for piece in pieces]
     rows, height = blocks[0] * blocks[1], max(1, MAX_CPU_PART_ENTRIES // blocks[2])
     slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
-    return [Part([member], blocks, rows) for member in batch for rows in slices]
+    return [Part([member], rows) for member in members for rows in slices]
 
 
-def _in_rows(member: StatedMember) -> bool:
+def _in_rows(member: Member) -> bool:
     """Whether rows of the matrices are views of the parameter, its gradient and its state."""
-    _, p, state = member
+    p, state = member.p, member.state
     assert p.grad is not None
-    return all(t.is_contiguous() for t in (p, p.grad, *state.values()))
+    own = [t for key, t in state.items() if key not in COUNTERS]
+    return member.piece.plain and all(t.is_contiguous() and t.dtype == p.dtype for t in (p, p.grad, *own))
 
 
 class Room:
@@ -115,112 +135,118 @@ def places(pieces: list["Part"]) -> Iterator[tuple["Part", slice]]:
             start += len(part)
 
 
-def finite_gradient(p: Tensor) -> Tensor:
-    """Whether the gradient is finite, on its device.
-
-    A sum is inf or nan if an entry is, and the cheapest reduction there is. It is so too if finite entries add up beyond
-    the dtype's range: such a gradient is skipped and counted as well.
-    """
-    assert p.grad is not None
-    return p.grad.sum(dtype=wide(p.dtype)).isfinite()
-
-
-def without_non_finite(batch: list[Member], state: Mapping[Tensor, dict[str, Tensor]]) -> list[Member]:
-    """The members a step moves, on a CPU, where looking at a flag makes nothing wait; the others are counted."""
-    flags = [bool(finite_gradient(p)) for _, p in batch]
-    for (_, p), finite in zip(batch, flags, strict=True):
-        state[p]["step" if finite else "skipped"].add_(1)
-    return [member for member, finite in zip(batch, flags, strict=True) if finite]
-
-
 class Part:
-    """Parameters of one shape as stacks (parameters, blocks, fan_out, fan_in), or rows of one as (1, 1, rows, fan_in).
+    """Members of one shape as stacks (members, blocks, fan_out, fan_in), or rows of one as (1, 1, rows, fan_in).
 
-    On a CPU the gradients are known to be finite. Elsewhere what is written back is kept only where they were: a mask on
-    the device chooses, so nothing waits.
+    What is written back is kept only where the gradient was finite: where the host may not look, a mask on the device
+    chooses, so nothing waits.
     """
 
-    def __init__(self, members: list[StatedMember], blocks: tuple[int, int, int], rows: slice | None = None):
-        self.indices = [index for index, _, _ in members]
-        self.params = [p for _, p, _ in members]
-        self.states = [state for _, _, state in members]
-        self.blocks = blocks
+    def __init__(self, members: list[Member], rows: slice | None = None):
+        self.members = members
+        self.blocks = members[0].piece.blocks
         self.rows = rows
-        self.dtype = wide(self.params[0].dtype)
-        self.finite = [None if looking_is_free(p) else finite_gradient(p) for p in self.params]
+        self.dtype = wide(members[0].p.dtype)
 
     def __len__(self) -> int:
-        return len(self.params)
-
-    def _view(self, t: Tensor) -> Tensor:
-        """A parameter, its gradient or a tensor of its state with the dimension of blocks first."""
-        if t.ndim == 0:
-            return t.view(1, 1, 1)
-        if t.shape == self.params[0].shape:
-            return t.detach().reshape(self.blocks) if self.rows is None else self._rows(t.detach())
-        return t.unsqueeze(0) if self.blocks[0] == 1 else t
+        return len(self.members)
 
     def _rows(self, t: Tensor) -> Tensor:
         """This part's rows of one contiguous tensor's matrices, all blocks below each other: (1, rows, fan_in), a view."""
         return t.view(-1, self.blocks[2])[self.rows].unsqueeze(0)
 
     def of(self, D: Tensor) -> Tensor:
-        """This part of a tensor that holds its matrices, (parameters, blocks, fan_out, fan_in)."""
+        """This part of a tensor that holds its matrices, (members, blocks, fan_out, fan_in)."""
         return D if self.rows is None else self._rows(D[0].contiguous()).unsqueeze(0)
 
     def _stacked(self, tensors: list[Tensor]) -> Tensor:
-        matrices = [self._view(t).to(self.dtype) for t in tensors]
-        return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
+        """Parameters, or tensors of their shape, as this part's stacks."""
+        if self.rows is not None:
+            return self._rows(tensors[0].detach()).to(self.dtype).unsqueeze(0)
+        return _stack([m.piece.of(t.detach()).to(self.dtype) for m, t in zip(self.members, tensors, strict=True)])
 
-    def gradients(self, maximize: bool) -> Tensor:
-        """The gradients of what is to be minimised."""
-        G = self._stacked([p.grad for p in self.params if p.grad is not None])
+    def gradients(self, maximize: bool, scale: Tensor | None) -> Tensor:
+        """The gradients of what is to be minimised, divided by a GradScaler's `scale`."""
+        G = self._stacked([m.p.grad for m in self.members if m.p.grad is not None])
+        if scale is not None:
+            G = G / scale.to(G)
         return -G if maximize else G
 
     def weights(self) -> Tensor:
-        return self._stacked(self.params)
+        W = self._stacked([m.p for m in self.members])
+        return W + self.state()[LOST] if LOST in self.members[0].state else W
 
     def state(self) -> "Stacks":
         return Stacks(self)
 
-    def count_(self) -> None:
-        """Count this step, or its skipping; on a CPU `without_non_finite` has done so."""
-        for s, finite in zip(self.states, self.finite, strict=True):
-            if finite is not None:
-                s["step"].add_(finite)
-                s["skipped"].add_(~finite)
+    def read(self, name: str) -> Tensor:
+        """State `name` as a stack, in the precision of arithmetic."""
+        if self.rows is not None and self.members[0].state[name].ndim:
+            return self._rows(self.members[0].state[name]).to(self.dtype).unsqueeze(0)
+        values = []
+        for m in self.members:
+            value = m.matrices(name)
+            if value.dtype == torch.int8:
+                value = decode(value, m.matrices(name + SCALES))
+            values.append(value.to(self.dtype))
+        return _stack(values)
 
     def keep_state_(self, new: Mapping[str, Tensor]) -> None:
-        for key, values in new.items():
-            for s, value, finite in zip(self.states, values, self.finite, strict=True):
-                if finite is None:
-                    target = self._view(s[key])
-                    target.copy_(value.reshape(target.shape))
-                else:
-                    torch.where(finite, value.reshape(s[key].shape), s[key], out=s[key])
+        for name, values in new.items():
+            for m, value in zip(self.members, values, strict=True):
+                if self.rows is not None:
+                    self._rows(m.state[name]).copy_(value)
+                    continue
+                target = m.place(name)
+                if target.dtype == torch.int8:
+                    value, scales = encode(value, m.seed(name))
+                    _keep_(m.place(name + SCALES), scales, m.finite)
+                elif target.dtype == torch.bfloat16:
+                    value = stochastic_bf16(value, m.seed(name))
+                _keep_(target, value, m.finite)
 
-    def keep_weights_(self, new: Tensor, rounding: str, seeds: list[int]) -> None:
-        for p, W, finite, seed in zip(self.params, new, self.finite, seeds, strict=True):
+    def keep_weights_(self, new: Tensor, rounding: str) -> None:
+        for m, W in zip(self.members, new, strict=True):
             if self.rows is not None:
-                self._rows(p.detach()).copy_(W[0])
+                self._rows(m.p.detach()).copy_(W[0])
                 continue
-            W = W.reshape(p.shape)
-            if finite is not None:
-                W = torch.where(finite, W, p.to(self.dtype))
-            store_(p, W, rounding, seed)
+            target = m.piece.view(m.p.detach())
+            lost = m.place(LOST) if LOST in m.state else None
+            W = W.reshape(target.shape)
+            seed = m.seed("weight") if noisy(target, rounding) else 0
+            if m.finite is None:
+                store_(target, W, rounding, seed, lost)
+                continue
+            rounded, missed = torch.empty_like(target), None if lost is None else torch.empty_like(lost)
+            store_(rounded, W, rounding, seed, missed)
+            _keep_(target, rounded, m.finite)
+            if lost is not None and missed is not None:
+                _keep_(lost, missed, m.finite)
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
+
+
+def _keep_(place: Tensor, value: Tensor, finite: Tensor | None) -> None:
+    value = value.reshape(place.shape)
+    place.copy_(value if finite is None else torch.where(finite, value, place))
 
 
 class Stacks(Mapping[str, Tensor]):
-    """The state of a part as stacks (parameters, blocks, ...), each made when it is read: slots share one state."""
+    """The state of a part as stacks (members, blocks, ...), each made when it is read: slots share one state."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.part._stacked([s[key] for s in self.part.states])
+        if key not in (member := self.part.members[0]).state and key + member.suffix not in member.state:
+            raise KeyError(key)
+        return self.part.read(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.part.states[0])
+        member = self.part.members[0]
+        return (key.removesuffix(member.suffix) for key in member.state)
 
     def __len__(self) -> int:
-        return len(self.part.states[0])
+        return len(self.part.members[0].state)

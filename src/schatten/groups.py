@@ -9,6 +9,7 @@ from torch import Tensor
 
 from schatten.layout import resolve
 from schatten.rounding import ROUNDINGS
+from schatten.state import STATE_DTYPES
 
 ALGORITHMS = ("spectral", "adamw")
 
@@ -81,6 +82,8 @@ def check_layouts(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a parameter that the group's layout cannot read as matrices."""
     for i, p in enumerate(group["params"]):
         resolve(group["layout"], tuple(p.shape), name_of(group, i))
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(f"state_dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {group['state_dtype']!r}.")
 
 
 def unpack(params: Any) -> tuple[list[Tensor], list[str] | None]:

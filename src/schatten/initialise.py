@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from schatten.layout import blocks
+from schatten.layout import pieces
 from schatten.routing import plan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,24 +49,26 @@ def init_spectral_(model: Model, rules: Sequence[tuple[Any, ...]] = ()) -> Model
         p = params[entry.name]
         if entry.route != "spectral" or entry.layout == "flat" or p.numel() == 0:
             continue
-        shape = blocks(entry.layout, entry.shape)
         if p.is_meta:
             unusable.append(f"{entry.name!r} is on the meta device")
             continue
-        norms = _spectral_norms(p.double().reshape(shape))
-        for i, norm in enumerate(norms.tolist()):
-            if not 0 < norm < math.inf:
-                place = f", matrix {i} of {shape[0]}," if shape[0] > 1 else ""
-                problem = "is zero" if norm == 0 else "holds inf or nan"
-                unusable.append(f"{entry.name!r} of shape {entry.shape}{place} {problem}")
-        scaled.append((p, shape, math.sqrt(shape[1] / shape[2]) / norms))
+        for piece in pieces(entry.layout, entry.shape):
+            count, fan_out, fan_in = piece.blocks
+            norms = _spectral_norms(piece.of(p.double()))
+            for i, norm in enumerate(norms.tolist()):
+                if not 0 < norm < math.inf:
+                    place = f", matrix {i} of {count}," if count > 1 else ""
+                    problem = "is zero" if norm == 0 else "holds inf or nan"
+                    unusable.append(f"{entry.name!r} of shape {entry.shape}{place} {problem}")
+            scaled.append((p, piece, math.sqrt(fan_out / fan_in) / norms))
     if unusable:
         raise ValueError(
             f"init_spectral_ scales matrices, and there is nothing to scale here: {'; '.join(unusable)}. Initialise them "
             f"first, and zero what is meant to start at zero after the call. No weight was changed."
         )
-    for p, shape, factors in scaled:
-        p.copy_((p.reshape(shape) * factors.view(-1, 1, 1)).view(p.shape))  # in fp64, as the factors are
+    for p, piece, factors in scaled:
+        place = piece.view(p.detach())
+        place.copy_((piece.of(p) * factors.view(-1, 1, 1)).view(place.shape))  # in fp64, as the factors are
     return model
 
 

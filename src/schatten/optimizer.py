@@ -13,19 +13,7 @@ from torch import Tensor, nn
 
 from schatten import checkpoint
 from schatten.adamw import STATE_KEYS, adamw_step_
-from schatten.batching import (
-    COUNTERS,
-    MAX_BATCH_BYTES,
-    Member,
-    Part,
-    Room,
-    batches,
-    looking_is_free,
-    parts,
-    places,
-    wide,
-    without_non_finite,
-)
+from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted, parts, places
 from schatten.groups import (
     ALGORITHMS,
     SHARED_KEYS,
@@ -37,11 +25,12 @@ from schatten.groups import (
     name_of,
     unpack,
 )
-from schatten.layout import blocks, resolve
+from schatten.layout import Layout, Piece, pieces
 from schatten.retractions import decays_explicitly
 from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
+from schatten.state import COUNTERS, LOST, Member, fresh_state, suffixes, wide
 
 ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -58,13 +47,17 @@ class SpectralOptimizer(torch.optim.Optimizer):
         rule: the `Rule` of spectral groups, default `Rule()`; a group may carry its own under the key `rule`.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled decay lambda.
-        rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
+        rounding: how results enter half-precision parameters: `"stochastic"` (bf16; fp16 is rounded to nearest),
+            `"kahan"` (what rounding takes is kept in a second tensor of the parameter's dtype and added at the next
+            step) or `"nearest"`.
+        state_dtype: `"bfloat16"` or `"int8"` (one fp32 scale for 256 entries) to keep running averages of spectral
+            groups in a half or a quarter of the memory, rounded stochastically; None for fp32.
         maximize: ascend instead of descend.
         adamw: defaults of AdamW groups: `betas`, `eps`, and `lr` or `weight_decay` where they differ from the matrices'.
         rules: overrides for a module's routes, see `schatten.plan`.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
             at least. Less saves memory, more saves nothing from some 100 MiB on.
-        layout: how spectral groups that do not say so read their tensors as matrices.
+        layout: how spectral groups that do not say so read their tensors as matrices: a kind's name or a `Layout`.
         hyperparameters: the numbers the rule reads, such as `momentum=0.95` or `betas=(0.9, 0.99)`.
 
     State, made at construction: what the slots keep (one tensor per matrix for `Momentum`) and two counters; half
@@ -91,6 +84,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
     # Whether `step` needs a closure that returns the loss, because gradients are estimated from it.
     needs_closure: bool = False
 
+    # A GradScaler then leaves unscaling and skipping to `step`, which does both without waiting for the device.
+    _step_supports_amp_scaling = True
+
     plan: Plan | None
 
     def __init__(
@@ -102,10 +98,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         rounding: str = "stochastic",
+        state_dtype: str | None = None,
         maximize: bool = False,
         adamw: Mapping[str, Any] | None = None,
         max_batch_bytes: int = MAX_BATCH_BYTES,
-        layout: str = "auto",
+        layout: str | Layout = "auto",
         **hyperparameters: Any,
     ) -> None:
         defaults = {
@@ -113,6 +110,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "rounding": rounding,
             "maximize": maximize,
+            "state_dtype": state_dtype,
             "layout": layout,
             **hyperparameters,
             # Nested, because torch's momentum-cycling schedulers look for "betas" here and would then cycle only those.
@@ -222,8 +220,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             like = torch.empty_like(p, dtype=wide(p.dtype), memory_format=torch.contiguous_format)
             state = {key: torch.zeros_like(like) for key in STATE_KEYS}
         else:
-            like = torch.empty(blocks(_layout(p, group), p.shape), dtype=wide(p.dtype), device=p.device)
-            state = {key: _stored(value, like, p) for key, value in self.rule(group).init(like).items()}
+            state = fresh_state(p, pieces(group["layout"], p.shape), self.rule(group), group["state_dtype"])
+        if group["rounding"] == "kahan" and p.dtype != wide(p.dtype):
+            state[LOST] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
         counters = {key: torch.zeros((), device=p.device) for key in COUNTERS}
         return {**state, **counters}
 
@@ -238,20 +237,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
         """
         loss = self.evaluate(closure)
         self._refuse_unusable_gradients()
-        index = 0
-        room = Room()
+        room, index = Room(), 0
         for group in self.param_groups:
             group["step"] += 1
-            stepped = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
-            index += len(group["params"])
-            self._follow_devices(p for _, p in stepped)
-            if group["algorithm"] == "adamw":
-                for i, p in stepped:
-                    adamw_step_(p, self.state[p], group, _seed(group, i))
-            else:
-                rule = self.rule(group)
-                for batch in batches(stepped, self.max_batch_bytes, self.state):
-                    self._spectral_step_(batch, rule, group, room)
+            indexed = list(enumerate(group["params"], index))
+            index += len(indexed)
+            self._step_parameters_(indexed, group, room)
         return loss
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -281,35 +272,51 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 for key, value in state.items():
                     state[key] = value.to(p.device)
 
-    def _spectral_step_(self, batch: list[Member], rule: Rule, group: Mapping[str, Any], room: Room) -> None:
-        """Step parameters of one shape: signal and retraction part by part, the map on all of them at once."""
-        first = batch[0][1]
-        matrices = blocks(_layout(first, group), first.shape)
-        if looking_is_free(first):
-            batch = without_non_finite(batch, self.state)
-            if not batch:
-                return
-        whole = Part([(index, p, self.state[p]) for index, p in batch], matrices)
-        whole.count_()
-        pieces = parts(whole, rule.signal.elementwise and rule.retraction.elementwise)
+    def _step_parameters_(self, indexed: Iterable[tuple[int, Tensor]], group: Mapping[str, Any], room: Room) -> None:
+        """Step those parameters of a group that have a gradient; each comes with its place in the optimizer."""
+        # A GradScaler sets both for the time of a step.
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        stepped = [(index, p) for index, p in indexed if p.grad is not None and p.numel()]
+        self._follow_devices(p for _, p in stepped)
+        if group["algorithm"] == "adamw":
+            for index, p in stepped:
+                adamw_step_(Member(index, p, _whole(p), "", self.state[p], None), group, found_inf, scale)
+            return
+        members = []
+        for index, p in stepped:
+            moved, finite = counted(p, self.state[p], found_inf)
+            if moved:
+                members += self._members(index, p, group, finite)
+        rule = self.rule(group)
+        for batch in batches(members, self.max_batch_bytes):
+            self._spectral_step_(Part(batch), rule, group, room, scale)
+
+    def _members(self, index: int, p: Tensor, group: Mapping[str, Any], finite: Tensor | None = None) -> list[Member]:
+        """A spectral parameter as its pieces."""
+        own = pieces(group["layout"], p.shape)
+        return [Member(index, p, piece, s, self.state[p], finite) for piece, s in zip(own, suffixes(own), strict=True)]
+
+    def _spectral_step_(self, whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None) -> None:
+        """Step equal blocks: signal and retraction part by part, the map on all of them at once."""
+        own = parts(whole, rule.signal.elementwise and rule.retraction.elementwise)
         S = None
-        for part, at in places(pieces):
-            signal, new_state = rule.signal(part.gradients(group["maximize"]), part.state(), group)
+        for part, at in places(own):
+            signal, new_state = rule.signal(part.gradients(group["maximize"], scale), part.state(), group)
             part.keep_state_(new_state)
-            if len(pieces) == 1:
+            if len(own) == 1:
                 S = signal
             else:
-                S = room.like(signal, (len(batch), *matrices)) if S is None else S
+                S = room.like(signal, (len(whole), *whole.blocks)) if S is None else S
                 part.of(S[at]).copy_(signal)
         assert S is not None
         D, new_state = rule.direction(S, whole.state(), group)
         whole.keep_state_(new_state)
         length = lr_of(group) * rule.scale(D)
-        for part, at in places(pieces):
-            own = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
-            W, new_state = rule.retraction(part.weights(), part.of(D[at]), own, part.state(), group)
+        for part, at in places(own):
+            at_length = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
+            W, new_state = rule.retraction(part.weights(), part.of(D[at]), at_length, part.state(), group)
             part.keep_state_(new_state)
-            part.keep_weights_(W, group["rounding"], [_seed(group, index) for index in part.indices])
+            part.keep_weights_(W, group["rounding"])
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
 
@@ -330,8 +337,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 elif int(state["step"]) == 0:
                     without.append(name)
                 if group["algorithm"] == "spectral":
-                    _, fan_out, fan_in = blocks(_layout(p, group), p.shape)
-                    effective[name] = float(group["lr"]) * self.rule(group).scale.factor(fan_out, fan_in)
+                    own = pieces(group["layout"], p.shape)
+                    for piece, suffix in zip(own, suffixes(own), strict=True):
+                        factor = self.rule(group).scale.factor(*piece.blocks[1:])
+                        effective[name + suffix] = float(group["lr"]) * factor
         return {
             "skipped": skipped,
             "skipped_total": sum(skipped.values()),
@@ -356,17 +365,5 @@ class SpectralOptimizer(torch.optim.Optimizer):
         checkpoint.restore_precision(checked, self.param_groups, self.state)
 
 
-def _layout(p: Tensor, group: Mapping[str, Any]) -> str:
-    return resolve(group["layout"], tuple(p.shape), "parameter")
-
-
-def _stored(value: Tensor, like: Tensor, p: Tensor) -> Tensor:
-    """State of one parameter as it is kept: in its shape where that is the matrices' own, without a single block otherwise."""
-    if value.shape == like.shape:
-        return value.reshape(p.shape)
-    return value[0] if like.shape[0] == 1 else value
-
-
-def _seed(group: Mapping[str, Any], index: int) -> int:
-    """A seed for the rounding noise of one parameter at one step, the same on every rank and in every rerun."""
-    return (group["step"] * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) & 0x7FFFFFFFFFFFFFFF
+def _whole(p: Tensor) -> Piece:
+    return pieces("flat", p.shape)[0]

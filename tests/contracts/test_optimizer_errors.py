@@ -69,10 +69,10 @@ OPTIONS = {
     "negative momentum": ({"momentum": -0.1}, r"momentum must lie in \[0, 1\), got -0.1"),
     "nan momentum": ({"momentum": float("nan")}, r"momentum must lie in \[0, 1\), got nan"),
     "unknown scale": ({"scale": "sqrt"}, r"scale must be one of 'adamw-rms', 'keller', 'mup', 'none', got 'sqrt'"),
-    "ambiguous scale": ({"scale": "spectral"}, r"'spectral' is .* in one library .* write 'adamw-rms' .*or 'mup'"),
+    "ambiguous scale": ({"scale": "spectral"}, r"'spectral' is .*'adamw-rms' .*'mup'"),
     "unknown decay": ({"decay": "l2"}, r"decay must be 'explicit', 'implicit', 'cautious' or a retraction .* got 'l2'"),
     "unknown form": ({"form": "nesterov"}, r"form must be 'ema' .* or 'sum', got 'nesterov'"),
-    "unknown rounding": ({"rounding": "up"}, r"rounding must be one of 'stochastic', 'nearest', got 'up'"),
+    "unknown rounding": ({"rounding": "up"}, r"rounding must be one of 'stochastic', 'kahan', 'nearest', got 'up'"),
 }
 
 ADAMW_OPTIONS = {
@@ -138,7 +138,7 @@ def test_a_solver_that_is_none_is_refused_at_construction_not_in_the_first_step(
     ("group", "words"),
     [
         ({"algorithm": "sgd"}, r"algorithm must be one of 'spectral', 'adamw', got 'sgd'"),
-        ({"layout": "linear"}, r"layout must be one of 'auto', 'matrix', 'conv', 'experts', 'flat', got 'linear'"),
+        ({"layout": "linear"}, r"layout must be one of 'auto', 'matrix', 'conv', 'positions', 'experts', 'flat' or a Layout, got 'linear'"),
     ],
 )
 def test_unknown_group_options_are_refused(group, words):

@@ -6,7 +6,7 @@ from torch import nn
 
 import schatten
 from schatten import plan
-from schatten.layout import LAYOUTS, blocks, resolve
+from schatten.layout import KINDS as LAYOUTS, blocks, resolve
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from schatten.batching import batches, finite_gradient, wide
+from schatten.batching import batches, finite_gradient
 from schatten.compressors import Compressor, Identity, TopK, message_bytes
-from schatten.layout import blocks, resolve
+from schatten.layout import pieces
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import Retraction, ServerCompression, named
@@ -20,6 +20,7 @@ from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import ErrorFeedback
 from schatten.solvers import Solver, polynomial
+from schatten.state import wide
 
 # What ranks must have in common before the first step, and what to do if they do not.
 COMMON = {
@@ -200,15 +201,15 @@ class EF21Muon(SpectralOptimizer):
         delivered = [self._delivered[j] for j in range(N)]
         self._delivered = {}
         for group in self.param_groups:
-            for p in group["params"]:
+            for index, p in enumerate(group["params"]):
                 gradients = [own.get(p) for own in delivered]
                 shares = [g.to(wide(p.dtype)) / N for g in gradients if g is not None]
                 p.grad = sum(shares[1:], shares[0]).to(p.dtype) if shares else None
                 if shares and self._has_feedback(group):
-                    count, *matrix = _blocks(p, group)
-                    kept = self.state[p]["worker_gradients"].view(count, N, *matrix)
-                    for j, g in enumerate(gradients):
-                        kept[:, j] = 0 if g is None else (-g if group["maximize"] else g).reshape(count, *matrix)
+                    for m in self._members(index, p, group):
+                        kept = m.place("worker_gradients").view(m.piece.blocks[0], N, *m.piece.blocks[1:])
+                        for j, g in enumerate(gradients):
+                            kept[:, j] = 0 if g is None else m.piece.of(-g if group["maximize"] else g)
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -220,9 +221,12 @@ class EF21Muon(SpectralOptimizer):
         own = {
             "parameters": [(tuple(p.shape), str(p.dtype)) for p in params],
             "batches": [
-                [i for i, _ in batch]
+                [(m.number, m.suffix) for m in batch]
                 for group in self.param_groups
-                for batch in batches(list(enumerate(group["params"])), self.max_batch_bytes, self.state)
+                if group["algorithm"] == "spectral"
+                for batch in batches(
+                    [m for i, p in enumerate(group["params"]) for m in self._members(i, p, group)], self.max_batch_bytes
+                )
             ],
             "weights": [repr(float(p.sum(dtype=torch.float64))) for p in params],
         }
@@ -269,9 +273,10 @@ class EF21Muon(SpectralOptimizer):
                 messages = self.workers * int(self.state[p]["step"])
                 if messages == 0:
                     continue
-                count, *matrix = _blocks(p, group) if group["algorithm"] == "spectral" else (1, 1, p.numel())
-                to_server += messages * count * _bytes(up, *matrix, wide(p.dtype))
-                to_workers += messages * count * _bytes(down, *matrix, wide(p.dtype))
+                for piece in pieces(group["layout"] if group["algorithm"] == "spectral" else "flat", p.shape):
+                    count, *matrix = piece.blocks
+                    to_server += messages * count * _bytes(up, *matrix, wide(p.dtype))
+                    to_workers += messages * count * _bytes(down, *matrix, wide(p.dtype))
                 dense += messages * 4 * p.numel()
         return {**super().metrics(), "bytes_to_server": to_server, "bytes_to_workers": to_workers, "bytes_dense": dense}
 
@@ -289,10 +294,6 @@ def _place(process_group: Any) -> tuple[int, int | None]:
     if rank < 0:
         raise ValueError("This process is not in `group`: make the optimizer on the ranks of the group only.")
     return size, rank if size > 1 else None
-
-
-def _blocks(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int, int]:
-    return blocks(resolve(group["layout"], tuple(p.shape), "parameter"), p.shape)
 
 
 @lru_cache(maxsize=256)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from schatten.layout import blocks, resolve
 from schatten.maps import L1, Nuclear
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import Retraction, named
@@ -16,6 +15,7 @@ from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import State
 from schatten.solvers import Solver, polynomial
+from schatten.state import wide
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,17 @@ class JaguarMuon(SpectralOptimizer):
 
     def _draw_block(self, p: Tensor, group: Mapping[str, Any], index: int) -> Tensor:
         """Draw this step's block into the parameter's state; 1 on it and 0 elsewhere, in the parameter's shape."""
-        shape = blocks(resolve(group["layout"], tuple(p.shape), "parameter"), p.shape)
         generator = torch.Generator().manual_seed((group["step"] * 1_000_003 + index) % 2**63)
-        state = self.state[p]
-        rows = state["rows"].copy_(chosen(shape[0], shape[1], group["share"], generator).view(state["rows"].shape))
-        columns = state["columns"].copy_(chosen(shape[0], shape[2], group["share"], generator).view(state["columns"].shape))
-        return (rows.view(shape[0], shape[1], 1) * columns.view(shape[0], 1, shape[2])).view(p.shape)
+        E = torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device)
+        for m in self._members(index, p, group):
+            count, fan_out, fan_in = m.piece.blocks
+            block = []
+            for name, size, shape in (("rows", fan_out, (count, fan_out, 1)), ("columns", fan_in, (count, 1, fan_in))):
+                place = m.place(name)
+                block.append(place.copy_(chosen(count, size, group["share"], generator).view(place.shape)).reshape(shape))
+            place = m.piece.view(E)
+            place.copy_((block[0] * block[1]).view(place.shape))
+        return E
 
 
 def chosen(count: int, size: int, share: float, generator: torch.Generator) -> Tensor:

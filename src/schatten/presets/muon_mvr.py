@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from schatten.batching import wide
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import Retraction, named
@@ -15,6 +14,7 @@ from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import VarianceReduced
 from schatten.solvers import Solver, polynomial
+from schatten.state import wide
 
 
 class MuonMVR(SpectralOptimizer):

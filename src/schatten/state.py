@@ -1,0 +1,123 @@
+"""State: what is kept for a parameter between steps, and in which form.
+
+A tensor of a rule's state with one entry for each of the matrix's is kept in the parameter's own shape, however the
+parameter is read, so that state is sharded, moved and saved as the parameter is. Any other (a factor, a second moment
+of rows) has its own shape, and, where the parameter has blocks of several sizes, one tensor for each, ".0", ".1", ...
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from schatten.blockwise import blocks_of
+from schatten.layout import Piece
+from schatten.rounding import HALF
+from schatten.rule import Rule
+
+COUNTERS = ("step", "skipped")
+
+# What Kahan's rounding took from a half-precision parameter.
+LOST = "compensation"
+
+# Signed running averages, which `state_dtype` may shorten: their errors average out. A second moment's would not, as
+# its root divides the update.
+AVERAGES = ("momentum_buffer", "exp_avg")
+
+SCALES = "_scales"
+
+STATE_DTYPES = (None, "bfloat16", "int8")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of state and arithmetic: the parameter's, but at least fp32."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def suffixes(pieces: Sequence[Piece]) -> list[str]:
+    """What each piece adds to the names of its own state."""
+    return [f".{i}" for i in range(len(pieces))] if len(pieces) > 1 else [""]
+
+
+def fresh_state(p: Tensor, pieces: Sequence[Piece], rule: Rule, state_dtype: str | None) -> dict[str, Tensor]:
+    """The state of a new spectral parameter, as `rule.init` makes it for each of its pieces."""
+    like = [torch.empty(piece.blocks, dtype=wide(p.dtype), device=p.device) for piece in pieces]
+    made = [rule.init(W) for W in like]
+    state: dict[str, Tensor] = {}
+    for key in made[0]:
+        values = [own[key] for own in made]
+        if any(value.shape != W.shape for value, W in zip(values, like, strict=True)):
+            state.update({key + s: _own_form(v, p) for s, v in zip(suffixes(pieces), values, strict=True)})
+            continue
+        short = state_dtype if key in AVERAGES else None
+        dtype = getattr(torch, short) if short else values[0].dtype
+        kept = torch.empty(p.shape, dtype=dtype, device=p.device)
+        for piece, value, suffix in zip(pieces, values, suffixes(pieces), strict=True):
+            place = piece.view(kept)
+            place.copy_(value.reshape(place.shape))
+            if short == "int8":
+                scales = (*piece.blocks[:2], blocks_of(piece.blocks[2]))
+                state[key + SCALES + suffix] = torch.zeros(scales, device=p.device)
+        state[key] = kept
+    if state_dtype is not None and not set(AVERAGES) & set(state):
+        raise ValueError(
+            f"state_dtype={state_dtype!r} shortens running averages ({', '.join(AVERAGES)}), of which this rule keeps none: "
+            f"it has {sorted(state) or 'no state'}. Leave state_dtype out."
+        )
+    return state
+
+
+def _own_form(value: Tensor, p: Tensor) -> Tensor:
+    """A tensor (blocks, ...) without a single block's dimension; one more where it would then have the parameter's shape."""
+    kept = value[0] if value.shape[0] == 1 else value
+    return kept.unsqueeze(0) if _as_shape(kept, p) else kept
+
+
+def _as_shape(t: Tensor, p: Tensor) -> bool:
+    """Whether `t` has the parameter's shape after any number of dimensions of size 1."""
+    lead = t.ndim - p.ndim
+    return lead >= 0 and t.shape[lead:] == p.shape and all(n == 1 for n in t.shape[:lead])
+
+
+class Member(NamedTuple):
+    """Equal blocks of one parameter in a batch: `number` is the parameter's in the optimizer, `suffix` that of its own state.
+
+    `finite` is a flag on the device; None where the gradient is known to be finite.
+    """
+
+    number: int
+    p: Tensor
+    piece: Piece
+    suffix: str
+    state: dict[str, Tensor]
+    finite: Tensor | None
+
+    def key(self, name: str) -> str:
+        """What the rule calls `name` as the state has it."""
+        return name if name in self.state else name + self.suffix
+
+    def in_shape(self, name: str) -> bool:
+        """Whether this state has the parameter's shape, all pieces together."""
+        return name in self.state and self.state[name].shape == self.p.shape
+
+    def matrices(self, name: str) -> Tensor:
+        """State `name` of these blocks as it is stored, (blocks, ...); counters are (1, 1, 1)."""
+        t = self.state[self.key(name)]
+        if self.in_shape(name):
+            return self.piece.of(t)
+        if t.ndim == 0:
+            return t.view(1, 1, 1)
+        if _as_shape(t, self.p):
+            t = t[0]
+        return t.unsqueeze(0) if self.piece.blocks[0] == 1 else t
+
+    def place(self, name: str) -> Tensor:
+        """A view of state `name` to write to."""
+        return self.piece.view(self.state[name]) if self.in_shape(name) else self.matrices(name)
+
+    def seed(self, what: str) -> Tensor:
+        """For this step's noise on `what`: the same on every rank and in every rerun, and made on the device."""
+        own = zlib.crc32(f"{what}{self.suffix}".encode()) + self.number * 0x85EBCA6B
+        return self.state["step"].to(torch.int64) * 0x9E3779B1 + own % (1 << 32)
