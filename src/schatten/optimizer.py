@@ -6,12 +6,14 @@ functional AdamW. Nothing in a step waits for the device: a non-finite gradient 
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from schatten import checkpoint
+from schatten import checkpoint, metrics
 from schatten.adamw import STATE_KEYS, adamw_step_
 from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted, parts, places
 from schatten.groups import (
@@ -128,6 +130,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 )
         self.max_batch_bytes = max_batch_bytes
         self.plan = None
+        self._recorder = metrics.Recorder()
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules, others=self.others)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
@@ -145,7 +148,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.plan = Plan.of_groups(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "plan": self.plan, "max_batch_bytes": self.max_batch_bytes}
+        own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
+        return {**super().__getstate__(), **own}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
@@ -238,12 +242,48 @@ class SpectralOptimizer(torch.optim.Optimizer):
         loss = self.evaluate(closure)
         self._refuse_unusable_gradients()
         room, index = Room(), 0
+        self._recorder.begin(self._step_number() + 1)
         for group in self.param_groups:
             group["step"] += 1
             indexed = list(enumerate(group["params"], index))
             index += len(indexed)
             self._step_parameters_(indexed, group, room)
         return loss
+
+    def step_in_backward(self) -> ExitStack:
+        """Step each parameter as soon as `backward` has its gradient, and free that: gradients of one parameter at a time.
+
+        The loop stays as it is: `step()` then finds no gradient left and only counts, so that schedulers and
+        `metrics(every=n)` work. Not for gradients that are accumulated, unscaled or clipped after `backward`. Returns the
+        hooks; leaving it as a context or calling `close()` removes them. Raises TypeError for a preset that evaluates
+        gradients itself.
+
+        Example:
+            >>> import torch, schatten
+            >>> model = torch.nn.Linear(4, 4)
+            >>> opt = schatten.Muon(model)
+            >>> with opt.step_in_backward():
+            ...     model(torch.ones(1, 4)).sum().backward()
+            ...     opt.step()
+            >>> model.weight.grad is None, float(opt.state[model.weight]["step"])
+            (True, 1.0)
+        """
+        if type(self).evaluate is not SpectralOptimizer.evaluate:
+            raise TypeError(f"{type(self).__name__} evaluates gradients in step(), so backward has none to step with.")
+        hooks, index = ExitStack(), 0
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    hooks.callback(p.register_post_accumulate_grad_hook(partial(self._step_now_, g, index)).remove)
+                index += 1
+        return hooks
+
+    @torch.no_grad()
+    def _step_now_(self, g: int, index: int, p: Tensor) -> None:
+        self._refuse_unusable_gradients()
+        group = self.param_groups[g]
+        self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room())
+        p.grad = None
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """How a step gets its gradients: by `closure`, if there is one; its value is returned.
@@ -278,9 +318,15 @@ class SpectralOptimizer(torch.optim.Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         stepped = [(index, p) for index, p in indexed if p.grad is not None and p.numel()]
         self._follow_devices(p for _, p in stepped)
+        if self._recorder.open:
+            for index, p in stepped:
+                self._recorder.gradient(index, p)
         if group["algorithm"] == "adamw":
             for index, p in stepped:
+                before = p.detach().to(wide(p.dtype), copy=True) if self._recorder.open else None
                 adamw_step_(Member(index, p, _whole(p), "", self.state[p], None), group, found_inf, scale)
+                if before is not None:
+                    self._recorder.change(index, before, p, lr_of(group) * group["weight_decay"])
             return
         members = []
         for index, p in stepped:
@@ -312,6 +358,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         D, new_state = rule.direction(S, whole.state(), group)
         whole.keep_state_(new_state)
         length = lr_of(group) * rule.scale(D)
+        if self._recorder.open:
+            self._recorder.direction(whole, D, length, rule)
         for part, at in places(own):
             at_length = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
             W, new_state = rule.retraction(part.weights(), part.of(D[at]), at_length, part.state(), group)
@@ -320,33 +368,24 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, Any]:
-        """Counters since construction, as plain numbers; reading them waits for the device.
+    def metrics(self, every: int | None = None) -> dict[str, Any] | None:
+        """What was done to each parameter, as plain numbers; reading them waits for the device.
 
-        `skipped`: how often each parameter's gradient was not finite, for those where it was; `skipped_total` their
-        sum; `without_gradient`: parameters that were never stepped; `effective_lr`: for each spectral parameter
-        lr c(shape), the spectral norm of one update.
+        With `every=n`, called after each step, it returns numbers at every n-th step and None between, where a step is
+        not slowed down and nothing waits. What must be measured inside a step is there from the second such call on.
+
+        The keys are those of `schatten.metrics.read`.
         """
-        skipped, without, effective = {}, [], {}
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else f"{g}.{i}"
-                state = self.state[p]
-                if count := int(state["skipped"]):
-                    skipped[name] = count
-                elif int(state["step"]) == 0:
-                    without.append(name)
-                if group["algorithm"] == "spectral":
-                    own = pieces(group["layout"], p.shape)
-                    for piece, suffix in zip(own, suffixes(own), strict=True):
-                        factor = self.rule(group).scale.factor(*piece.blocks[1:])
-                        effective[name + suffix] = float(group["lr"]) * factor
-        return {
-            "skipped": skipped,
-            "skipped_total": sum(skipped.values()),
-            "without_gradient": without,
-            "effective_lr": effective,
-        }
+        if every is not None:
+            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+                raise ValueError(f"every must be a positive number of steps, got {every!r}.")
+            self._recorder.every = every
+            if self._step_number() % every:
+                return None
+        return metrics.read(self, self._recorder)
+
+    def _step_number(self) -> int:
+        return max(group["step"] for group in self.param_groups)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -261,11 +261,14 @@ class EF21Muon(SpectralOptimizer):
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, every: int | None = None) -> dict[str, Any] | None:
         """Those of `SpectralOptimizer`, and the bytes of all messages so far, of all workers and all parameters.
 
         `bytes_to_server`, `bytes_to_workers` and, to compare either with, `bytes_dense`: those of fp32 gradients.
         """
+        found = super().metrics(every)
+        if found is None:
+            return None
         to_server = to_workers = dense = 0
         for group in self.param_groups:
             up, down = self._compressors(group)
@@ -278,7 +281,7 @@ class EF21Muon(SpectralOptimizer):
                     to_server += messages * count * _bytes(up, *matrix, wide(p.dtype))
                     to_workers += messages * count * _bytes(down, *matrix, wide(p.dtype))
                 dense += messages * 4 * p.numel()
-        return {**super().metrics(), "bytes_to_server": to_server, "bytes_to_workers": to_workers, "bytes_dense": dense}
+        return {**found, "bytes_to_server": to_server, "bytes_to_workers": to_workers, "bytes_dense": dense}
 
     def _compressors(self, group: Mapping[str, Any]) -> tuple[Compressor, Compressor]:
         rule = self.rule(group)
