@@ -8,6 +8,7 @@ print(opt.plan)
 from importlib.metadata import version
 
 from schatten import compressors, directions, maps, presets, retractions, scales, schedules, signals, solvers
+from schatten.convert_lr import convert_lr, convert_weight_decay
 from schatten.ema_nesterov import EMANesterov
 from schatten.functions import apply_map, spectral_power
 from schatten.initialise import init_spectral_
@@ -84,6 +85,8 @@ __all__ = [
     "TrustRegion",
     "apply_map",
     "compressors",
+    "convert_lr",
+    "convert_weight_decay",
     "directions",
     "init_spectral_",
     "maps",

@@ -52,4 +52,4 @@ def _in_blocks(X: Tensor) -> Tensor:
 
 
 def _of_entries(scales: Tensor, n: int) -> Tensor:
-    return scales.repeat_interleave(BLOCK, -1)[..., :n]
+    return scales.unsqueeze(-1).expand(*scales.shape, BLOCK).flatten(-2)[..., :n]

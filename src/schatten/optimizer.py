@@ -219,6 +219,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             if p in owned:
                 raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
 
+    @torch.no_grad()
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         if group["algorithm"] == "adamw":
             like = torch.empty_like(p, dtype=wide(p.dtype), memory_format=torch.contiguous_format)
@@ -232,6 +233,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable(reason="a step chooses by shapes and counts on the host, so tracing it would recompile")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every parameter that has a gradient. `closure` re-evaluates the model and its value is returned.

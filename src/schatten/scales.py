@@ -1,8 +1,8 @@
 """Scales: how long an update is, as a factor c(fan_out, fan_in) on the direction.
 
 The factor multiplies the direction but not the decay, so it moves the constraint: a spectral direction with decay
-lambda keeps weights within spectral norm c / lambda. Other libraries' names are accepted; "spectral" is refused, as two
-of them use it for different factors.
+lambda keeps weights within spectral norm c / lambda. Other libraries' names are accepted and become ours
+(`schatten.scale_names`); `schatten.convert_lr` takes a learning rate from one scale to another.
 """
 
 import math
@@ -12,16 +12,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-NAMES = ("adamw-rms", "keller", "mup", "none")
+from schatten.scale_names import own_name
 
-ALIASES = {
-    "match_rms_adamw": "adamw-rms",  # torch.optim.Muon
-    "rms_norm": "adamw-rms",  # Dion, gram-newton-schulz
-    "original": "keller",  # torch.optim.Muon
-    "shape_scaling": "keller",  # Emerging-Optimizers
-    "spectral_norm": "mup",  # Dion, gram-newton-schulz
-    "unit_rms_norm": "mup",  # Emerging-Optimizers
-}
+# The root mean square of AdamW's updates over lr, as Moonlight (arXiv 2502.16982) rounds it.
+ADAMW_RMS = 0.2
 
 
 @runtime_checkable
@@ -47,6 +41,9 @@ class Scale:
     | `mup` | sqrt(fan_out / fan_in) | the RMS-to-RMS operator norm, so lr transfers across width |
     | `none` | 1 | spectral norm 1 |
 
+    A name of torch, Dion, Emerging-Optimizers, timm, Keras, optax and others becomes one of these; one that means two
+    factors, such as "spectral", raises ValueError with both. An empty matrix counts as one column or row.
+
     Example:
         >>> import schatten
         >>> schatten.scales.Scale("keller").factor(12, 3), schatten.scales.Scale("match_rms_adamw").name
@@ -56,25 +53,17 @@ class Scale:
     name: str = "adamw-rms"
 
     def __post_init__(self) -> None:
-        name = ALIASES.get(self.name, self.name)
-        if name == "spectral":
-            raise ValueError(
-                "scale 'spectral' is sqrt(max(fan_out, fan_in)) in one library and sqrt(fan_out / fan_in) in others: "
-                "write 'adamw-rms' (with 5 times the lr) or 'mup'."
-            )
-        if name not in NAMES:
-            raise ValueError(f"scale must be one of {', '.join(map(repr, NAMES))}, got {self.name!r}.")
-        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "name", own_name(self.name))
 
     def factor(self, fan_out: int, fan_in: int) -> float:
         """c(fan_out, fan_in)."""
         match self.name:
             case "adamw-rms":
-                return 0.2 * math.sqrt(max(fan_out, fan_in))
+                return ADAMW_RMS * math.sqrt(max(fan_out, fan_in))
             case "keller":
-                return math.sqrt(max(1.0, fan_out / fan_in))
+                return math.sqrt(max(1.0, fan_out / max(1, fan_in)))
             case "mup":
-                return math.sqrt(fan_out / fan_in)
+                return math.sqrt(max(1, fan_out) / max(1, fan_in))
             case _:
                 return 1.0
 
@@ -98,7 +87,7 @@ class RMS:
         0.05000000074505806
     """
 
-    target: float = 0.2
+    target: float = ADAMW_RMS
 
     def __post_init__(self) -> None:
         if isinstance(self.target, bool) or not isinstance(self.target, (int, float)) or not 0 < self.target < math.inf:

@@ -59,7 +59,7 @@ def fresh_state(p: Tensor, pieces: Sequence[Piece], rule: Rule, state_dtype: str
             place.copy_(value.reshape(place.shape))
             if short == "int8":
                 scales = (*piece.blocks[:2], blocks_of(piece.blocks[2]))
-                state[key + SCALES + suffix] = torch.zeros(scales, device=p.device)
+                state[key + SCALES + suffix] = _own_form(torch.zeros(scales, device=p.device), p)
         state[key] = kept
     if state_dtype is not None and not set(AVERAGES) & set(state):
         raise ValueError(

@@ -1,12 +1,14 @@
 """The shape factors, their names in other libraries, and that a factor multiplies the direction only."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
-from schatten import Muon, Rule
-from schatten.scales import ALIASES, NAMES, Scale
+from schatten import Muon, Rule, presets
+from schatten.scale_names import ALIASES, NAMES
+from schatten.scales import RMS, Scale
 from schatten.solvers import svd
 from tests.contracts.matrices import gaussian
 
@@ -20,15 +22,24 @@ TABLE = {
     (1, 1): {"adamw-rms": 0.2, "keller": 1.0, "mup": 1.0, "none": 1.0},
 }
 
-# Read in the libraries' code (reference/peers.md).
+# Read in the libraries' code; `schatten.scale_names` says where.
 FOREIGN = {
-    "match_rms_adamw": "adamw-rms",
+    "match_rms_adamw": "adamw-rms",  # torch, timm
     "original": "keller",
-    "rms_norm": "adamw-rms",
+    "rms_norm": "adamw-rms",  # Dion, gram-newton-schulz
     "spectral_norm": "mup",
-    "shape_scaling": "keller",
+    "shape_scaling": "keller",  # Emerging-Optimizers, Megatron
     "unit_rms_norm": "mup",
+    "rms_to_rms": "mup",  # timm
+    "rms_rate": "adamw-rms",  # Keras, at its default
+    "consistent_rms": "adamw-rms",  # optax, at the value it recommends
+    "moonlight": "adamw-rms",
+    "deepspeed": "keller",
 }
+
+
+def _options(name):
+    return inspect.signature(getattr(presets, name).__init__).parameters
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,11 +70,22 @@ def test_torch_s_own_factors_agree():
             assert Muon([W], lr=1.0, scale=alias).metrics()["effective_lr"]["0.0"] == pytest.approx(adjusted, rel=1e-6)
 
 
+@pytest.mark.parametrize("preset", [name for name in presets.__all__ if "scale" in _options(name)])
+def test_every_preset_understands_another_library_s_name_and_prints_ours(preset):
+    W = torch.nn.Parameter(torch.ones(4, 3))
+    opt = getattr(presets, preset)([W], scale="unit_rms_norm")
+    rule = repr(opt.rule(opt.param_groups[0]))
+    assert "Scale(name='mup')" in rule and "unit_rms_norm" not in rule
+    assert "unit_rms_norm" not in str(opt.plan) + str(opt.state_dict())
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("spectral", "write 'adamw-rms' .* or 'mup'"),
-        ("moonlight", "scale must be one of 'adamw-rms', 'keller', 'mup', 'none', got 'moonlight'"),
+        ("spectral", "Emerging-Optimizers is 'adamw-rms' with 5 times the lr .* Scion is 'mup'. Write the name it has here"),
+        ("match_rms", "coeff=0.18 of deepmd is 'adamw-rms' with 0.9 times the lr and 1.11 times the decay"),
+        ("torch", "adjust_lr_fn='original' of torch is 'keller'; adjust_lr_fn='match_rms_adamw' of torch is 'adamw-rms'"),
+        ("kimi", "scale must be one of 'adamw-rms', 'keller', 'mup', 'none', got 'kimi'; .*: moonlight, deepspeed, original"),
         ("", "got ''"),
     ],
 )
@@ -89,6 +111,19 @@ def test_the_factor_multiplies_the_direction_and_not_the_decay(shape, name):
     before = p.detach().clone()
     opt.step()
     assert (p - 0.8 * before).abs().max() < 1e-6, "without a gradient only the unscaled decay remains"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5), (0, 0)], ids=str)
+def test_an_empty_matrix_has_a_finite_factor(shape, name):
+    # A module may have an empty layer; its metrics and descriptions must not divide by zero.
+    assert 0 <= Scale(name).factor(*shape) < math.inf
+    assert math.isfinite(RMS().factor(*shape)) and RMS()(torch.zeros(shape)).shape == (1, 1)
+    W = torch.nn.Parameter(torch.zeros(shape))
+    opt = Muon([W], scale=name)
+    W.grad = torch.zeros(shape)
+    opt.step()
+    assert math.isfinite(opt.metrics()["effective_lr"]["0.0"])
 
 
 def test_the_adamw_rms_factor_gives_updates_of_rms_one_fifth():

@@ -32,18 +32,19 @@ class Muon(SpectralOptimizer):
         weight_decay: decoupled decay lambda, multiplied by lr but not by the shape factor.
         momentum: beta, the decay of the average.
         nesterov: use the look-ahead (1 - beta) G + beta M instead of M.
-        scale: `"adamw-rms"` (0.2 sqrt(max(fan_out, fan_in))), `"keller"`, `"mup"` or `"none"`; torch's, Dion's and
-            Emerging-Optimizers' names are understood too.
+        scale: `"adamw-rms"` (0.2 sqrt(max(fan_out, fan_in))), `"keller"`, `"mup"` or `"none"`; torch's, Dion's,
+            Emerging-Optimizers', timm's, Keras' and optax' names are understood too (docs/learning-rate.md).
         solver: how U V^T is computed; default `schatten.solvers.polynomial()`.
         form: `"ema"` or `"sum"` momentum; the direction is the same, the state differs by the factor 1 - beta.
         decay: `"explicit"`, `"implicit"` or `"cautious"` decoupled decay, or a retraction of `schatten.retractions`.
-        rounding: how results enter bf16 parameters, `"stochastic"` or `"nearest"`.
+        rounding: how results enter half-precision parameters: `"stochastic"`, `"kahan"` or `"nearest"`.
+        state_dtype: `"bfloat16"` or `"int8"` to keep the momentum in a half or a quarter of the memory; None for fp32.
         maximize: ascend.
         adamw: `betas` and `eps` of the AdamW groups.
         rules: overrides for a module's routes, see `schatten.plan`.
         max_batch_bytes: what a step may allocate at a time, default 160 MiB.
 
-    State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters. Differences from
+    State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters unless `state_dtype` says less. Differences from
     torch.optim.Muon: gradients beyond fp32's square range are handled, a non-finite gradient is skipped and counted,
     the solver is a tighter polynomial, convolutions and banks of matrices are read as matrices, and lr means AdamW's
     unless `scale="keller"`.
@@ -73,6 +74,7 @@ class Muon(SpectralOptimizer):
         form: str = "ema",
         decay: str | Retraction = "explicit",
         rounding: str = "stochastic",
+        state_dtype: str | None = None,
         maximize: bool = False,
         adamw: Mapping[str, Any] | None = None,
         rules: Sequence[tuple[Any, ...]] = (),
@@ -89,6 +91,7 @@ class Muon(SpectralOptimizer):
             form=form,
             decay=decay,
             rounding=rounding,
+            state_dtype=state_dtype,
             maximize=maximize,
             adamw=adamw,
             rules=rules,
