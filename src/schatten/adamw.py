@@ -26,7 +26,8 @@ def adamw_step_(m: Member, group: Mapping[str, Any], found_inf: Tensor | None, s
     grad = p.grad
     assert grad is not None
     dtype = state["exp_avg"].dtype
-    bad = ~grad.sum(dtype=dtype).isfinite()
+    # A norm is inf too where squares overflow, from 2e19 on in fp32: one such square would stop its entry for good.
+    bad = ~torch.linalg.vector_norm(grad, dtype=dtype).isfinite()
     skip = (bad if found_inf is None else bad | (found_inf.to(bad.device) != 0)).float()
     if scale is not None:
         grad = grad.to(dtype) / scale.to(dtype)

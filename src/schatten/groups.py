@@ -1,7 +1,8 @@
 """Param groups: which keys each algorithm has, and the checks a group passes before it joins an optimizer."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ())
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}.")
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
+
+
+def check_spelling(group: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError for an option that is nearly one of `known`; others are the caller's own, as torch allows."""
+    for key in group:
+        if key not in known and (close := get_close_matches(str(key), known, n=1, cutoff=0.85)):
+            raise ValueError(f"A group has the option {key!r}, which nothing reads: did you mean {close[0]!r}?")
 
 
 def check_stability(group: Mapping[str, Any]) -> None:

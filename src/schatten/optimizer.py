@@ -23,6 +23,7 @@ from schatten.groups import (
     check_layouts,
     check_numbers,
     check_parameters,
+    check_spelling,
     check_stability,
     name_of,
     unpack,
@@ -33,6 +34,8 @@ from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
 from schatten.state import COUNTERS, LOST, Member, fresh_state, suffixes, wide
+
+SCHEDULERS_OWN = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 
 ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -86,6 +89,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
     # Whether `step` needs a closure that returns the loss, because gradients are estimated from it.
     needs_closure: bool = False
 
+    # Options that a preset reads from groups and that its constructor does not name.
+    group_options: tuple[str, ...] = ()
+
     # A GradScaler then leaves unscaling and skipping to `step`, which does both without waiting for the device.
     _step_supports_amp_scaling = True
 
@@ -128,6 +134,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"This rule reads {', '.join(known) or 'no numbers'} besides lr and weight_decay, got {unknown}."
                 )
+        elif unknown := [key for key in hyperparameters if key not in {*self._named_options(), *self.group_options}]:
+            raise TypeError(
+                f"{type(self).__name__} got the unknown options {unknown}; its own are "
+                f"{', '.join(sorted({*self._named_options(), *self.group_options} - {'self', 'params', 'options'}))}, "
+                f"and those of SpectralOptimizer."
+            )
         self.max_batch_bytes = max_batch_bytes
         self.plan = None
         self._recorder = metrics.Recorder()
@@ -177,6 +189,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if spectral:
             self._refuse_fixed_options(group)
             self._refuse_unfed(self.rule({**self.defaults, **group}))
+        # Schedulers keep numbers of their own in groups.
+        check_spelling(group, {*self.defaults, *ADAMW_DEFAULTS, "params", "param_names", "algorithm", "rule", *SCHEDULERS_OWN})
         inherited = {k: v for k, v in self.defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
         group = {**inherited, **({} if spectral else self.defaults["adamw"]), "step": 0, **group}
         check_parameters(group)
@@ -200,13 +214,17 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.state[p] = self._fresh_state(p, added)
 
     def _refuse_fixed_options(self, group: Mapping[str, Any]) -> None:
-        options = inspect.signature(type(self).__init__).parameters
+        options = self._named_options()
         fixed = [key for key in group if key in options and key not in self.defaults and key not in ("params", "rule")]
         if fixed:
             raise ValueError(
                 f"{fixed[0]} is one for all groups of {type(self).__name__}, got it in a group: leave it to the constructor, "
                 f"or give the group a rule of its own under the key 'rule'."
             )
+
+    @classmethod
+    def _named_options(cls) -> set[str]:
+        return set(inspect.signature(cls.__init__).parameters)
 
     def _refuse_unfed(self, rule: Rule) -> None:
         feeder = getattr(rule.signal, "fed_by", None)

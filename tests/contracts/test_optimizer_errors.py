@@ -138,7 +138,10 @@ def test_a_solver_that_is_none_is_refused_at_construction_not_in_the_first_step(
     ("group", "words"),
     [
         ({"algorithm": "sgd"}, r"algorithm must be one of 'spectral', 'adamw', got 'sgd'"),
-        ({"layout": "linear"}, r"layout must be one of 'auto', 'matrix', 'conv', 'positions', 'experts', 'flat' or a Layout, got 'linear'"),
+        (
+            {"layout": "linear"},
+            r"layout must be one of 'auto', 'matrix', 'conv', 'positions', 'experts', 'flat' or a Layout, got 'linear'",
+        ),
     ],
 )
 def test_unknown_group_options_are_refused(group, words):
@@ -210,3 +213,13 @@ def test_an_option_that_a_group_cannot_change_is_refused_there_instead_of_ignore
     rule = schatten.Rule(scale=schatten.scales.Scale("none"))
     opt = preset([{"params": [matrix()], "rule": rule, "momentum": 0.5}])
     assert opt.rule(opt.param_groups[0]) == rule
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("weight_dacay", "weight_decay"), ("momentun", "momentum"), ("roundings", "rounding")]
+)
+def test_a_misspelt_group_option_is_refused_and_a_callers_own_is_kept(wrong, right):
+    with pytest.raises(ValueError, match=f"{wrong}.* did you mean '{right}'"):
+        schatten.Muon([{"params": [matrix()], wrong: 0.5}])
+    opt = schatten.Muon([{"params": [matrix()], "lr_scale": 0.5, "name": "head", "max_momentum": 0.9}])
+    assert opt.param_groups[0]["lr_scale"] == 0.5

@@ -58,7 +58,8 @@ class JaguarMuon(SpectralOptimizer):
         lr: the spectral norm of a matrix's update, the size of a vector entry's.
         weight_decay: decoupled decay lambda.
         momentum: beta; 0 puts rho itself into the buffer.
-        eps: how far weights are moved for the estimate. In bf16 weights below about 256 eps feel it rounded.
+        eps: how far weights are moved for the estimate; half-precision ones by their machine epsilon at least (2^-7 in
+            bf16), which a weight of 1 just feels. Larger weights feel it rounded: keep them in fp32.
         share: of rows, columns and entries in a block.
         solver, decay: see `Muon`.
         options: of `SpectralOptimizer`.
@@ -119,13 +120,13 @@ class JaguarMuon(SpectralOptimizer):
         try:
             for sign in (1, -1):
                 for (group, p), weight, E in zip(members, kept, moves, strict=True):
-                    p.copy_(weight + E.to(weight) * (sign * group["eps"]))
+                    p.copy_(weight + E.to(weight) * (sign * _reach(p, group)))
                 values.append(torch.as_tensor(closure()).detach())
         finally:
             for (_, p), weight in zip(members, kept, strict=True):
                 p.copy_(weight)
         for group, p in members:
-            rho = (values[0] - values[1]) / (2 * group["eps"])
+            rho = (values[0] - values[1]) / (2 * _reach(p, group))
             p.grad = rho.to(p).expand(p.shape)
         return (values[0] + values[1]) / 2
 
@@ -142,6 +143,11 @@ class JaguarMuon(SpectralOptimizer):
             place = m.piece.view(E)
             place.copy_((block[0] * block[1]).view(place.shape))
         return E
+
+
+def _reach(p: Tensor, group: Mapping[str, Any]) -> float:
+    """How far a parameter's entries are moved; never less than its precision shows at 1."""
+    return max(group["eps"], torch.finfo(p.dtype).eps)
 
 
 def chosen(count: int, size: int, share: float, generator: torch.Generator) -> Tensor:

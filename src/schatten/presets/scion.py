@@ -67,6 +67,8 @@ class Scion(SpectralOptimizer):
         [-0.5, -0.5]
     """
 
+    group_options = ("ball",)
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],

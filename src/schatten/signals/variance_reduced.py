@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from schatten.maps.lifts import safe_norm
 from schatten.signals.core import State
 
 
@@ -57,6 +58,6 @@ class VarianceReduced:
         previous = torch.where(state["step"] > 1, state["previous_gradient"], G)
         C = G + (G - previous) * (self.gamma * beta / (1 - beta))
         if self.clip:
-            C = C / torch.linalg.vector_norm(C, dim=(-2, -1), keepdim=True).clamp(min=1.0)
+            C = C / safe_norm(C, (-2, -1)).clamp(min=1.0)
         M = torch.lerp(state["momentum_buffer"], C, 1 - beta)
         return M, {"momentum_buffer": M} if self.exact else {"momentum_buffer": M, "previous_gradient": G}

@@ -20,7 +20,7 @@ class _Gram(Composition):
     def _iterated(self, X: Tensor) -> Tensor:
         if X.shape[-2] == X.shape[-1]:
             return product_form(X, self.quintics)
-        return gram_form(X, self.quintics, restarts=restarts_for(self.quintics, X.dtype))
+        return gram_form(X, self.quintics, restarts=restarts_for(self.quintics, X.dtype, False))
 
 
 def gram(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from schatten import kernels
+from schatten.solvers.remembered import remembered
 
 Quintic = tuple[float, float, float]
 Weight = float | Tensor
@@ -160,7 +161,7 @@ def add_(total: Tensor, X: Tensor, weight: Weight) -> None:
         total.add_(X, alpha=weight)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def restarts_for(quintics: tuple[Quintic, ...], dtype: torch.dtype, summed: bool = False) -> tuple[int, ...]:
     """The fewest restarts with which the Gram form's rounding error stays near the product form's, and of those the best.
 

@@ -12,7 +12,8 @@ best composition of its length. Two safeguards cost little accuracy:
 """
 
 import math
-from functools import lru_cache
+
+from schatten.solvers.remembered import remembered
 
 Quintic = tuple[float, float, float]
 
@@ -62,7 +63,7 @@ def _equioscillating(*points: float) -> tuple[float, ...]:
     return tuple(solution)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def composition(low: float, steps: int, *, cushion: float = CUSHION, margin: float = 1.0) -> tuple[tuple[Quintic, ...], float]:
     """`steps` quintics for inputs in [low, 1], and the error they leave: outputs lie in [1 - error, 1 + error]."""
     quintics: list[Quintic] = []
@@ -79,7 +80,7 @@ def composition(low: float, steps: int, *, cushion: float = CUSHION, margin: flo
     return tuple(quintics), abs(1 - low)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def steps_for(tol: float, low: float, **safeguards: float) -> int:
     """The shortest composition whose error on [low, 1] is at most `tol`."""
     for steps in range(1, 33) if tol > 1e-15 else ():
