@@ -1,4 +1,4 @@
-"""A gradient whose square overflows fp32 is skipped and counted: torch's AdamW lets it stop its entries for good."""
+"""A gradient whose square overflows fp32 is skipped and counted: torch's AdamW lets it stop its entries."""
 
 import pytest
 import torch
@@ -18,5 +18,5 @@ def test_it_moves_nothing_and_the_next_gradient_trains_on(size):
             o.step()
     assert opt.metrics()["skipped"] == {"0.0": 1}
     assert (p < 0.6).all() and opt.state[p]["exp_avg_sq"].isfinite().all()
-    # The mistake that is avoided: in torch's AdamW the square is inf, and the entry stands still from then on.
-    assert torchs.state[q]["exp_avg_sq"][0] == torch.inf
+    # The mistake that is avoided: in torch's AdamW the square drowns those of all later gradients.
+    assert torchs.state[q]["exp_avg_sq"][0] > 1e36
