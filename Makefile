@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check examples clean
 
 # The main job on the embedded data: AdamW against Muon on a small GPT. Run again, it shows the finished result.
 demo: $(VENV)/lab.done
@@ -24,6 +24,10 @@ check: $(VENV)/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# One script for each framework people train with.
+examples: $(VENV)/dev.done
+	set -e; for script in examples/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
 
 $(VENV)/lab.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

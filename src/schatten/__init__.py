@@ -7,7 +7,9 @@ print(opt.plan)
 
 from importlib.metadata import version
 
-from schatten import compressors, directions, maps, presets, retractions, scales, schedules, signals, solvers
+from schatten import compressors, converters, directions, maps, presets, retractions, scales, schedules, signals, solvers
+from schatten.checkpoint_file import load, save
+from schatten.clip import clip_grad_norm_
 from schatten.convert_lr import convert_lr, convert_weight_decay
 from schatten.ema_nesterov import EMANesterov
 from schatten.functions import apply_map, spectral_power
@@ -84,17 +86,21 @@ __all__ = [
     "SpectralSGD",
     "TrustRegion",
     "apply_map",
+    "clip_grad_norm_",
     "compressors",
     "convert_lr",
     "convert_weight_decay",
+    "converters",
     "directions",
     "init_spectral_",
+    "load",
     "maps",
     "plan",
     "polar",
     "presets",
     "qk_clip_",
     "retractions",
+    "save",
     "scales",
     "schedules",
     "signals",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from schatten import checkpoint, metrics
+from schatten import checkpoint, converters, metrics
 from schatten.adamw import STATE_KEYS, adamw_step_
 from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted, parts, places
 from schatten.groups import (
@@ -60,6 +60,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         adamw: defaults of AdamW groups: `betas`, `eps`, and `lr` or `weight_decay` where they differ from the matrices'.
         rules: overrides for a module's routes, see `schatten.plan`.
+        strict: refuse a module with parameters of two or more dimensions whose kind is not known; False trains them by AdamW.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
             at least. Less saves memory, more saves nothing from some 100 MiB on.
         layout: how spectral groups that do not say so read their tensors as matrices: a kind's name or a `Layout`.
@@ -92,9 +93,6 @@ class SpectralOptimizer(torch.optim.Optimizer):
     # Options that a preset reads from groups and that its constructor does not name.
     group_options: tuple[str, ...] = ()
 
-    # A GradScaler then leaves unscaling and skipping to `step`, which does both without waiting for the device.
-    _step_supports_amp_scaling = True
-
     plan: Plan | None
 
     def __init__(
@@ -103,6 +101,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         rule: Rule | None = None,
         *,
         rules: Sequence[tuple[Any, ...]] = (),
+        strict: bool = True,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         rounding: str = "stochastic",
@@ -144,7 +143,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self.plan = None
         self._recorder = metrics.Recorder()
         if isinstance(params, nn.Module):
-            self.plan = plan(params, rules, others=self.others)
+            self.plan = plan(params, rules, others=self.others, strict=strict)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
         elif rules:
             raise ValueError("rules route a module's parameters by name: pass the module itself instead of its parameters.")
@@ -192,7 +191,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         # Schedulers keep numbers of their own in groups.
         check_spelling(group, {*self.defaults, *ADAMW_DEFAULTS, "params", "param_names", "algorithm", "rule", *SCHEDULERS_OWN})
         inherited = {k: v for k, v in self.defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
-        group = {**inherited, **({} if spectral else self.defaults["adamw"]), "step": 0, **group}
+        # What a saved group has must be the live one's: torch.distributed.checkpoint's flat form reads no other keys.
+        saved = {"step": 0, "schema": checkpoint.SCHEMA, **({"rule": None} if spectral else {})}
+        group = {**saved, **inherited, **({} if spectral else self.defaults["adamw"]), **group}
         check_parameters(group)
         if spectral:
             check_layouts(group)
@@ -251,7 +252,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(reason="a step chooses by shapes and counts on the host, so tracing it would recompile")
+    # A step chooses by shapes and counts on the host: traced, it would be compiled anew for each. This is torch's own mark,
+    # which does not import the compiler, as torch.compiler.disable does.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every parameter that has a gradient. `closure` re-evaluates the model and its value is returned.
@@ -259,6 +262,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
+        self._follow_replaced()
         loss = self.evaluate(closure)
         self._refuse_unusable_gradients()
         room, index = Room(), 0
@@ -315,6 +319,26 @@ class SpectralOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
+    def _follow_replaced(self) -> None:
+        """Give fresh state to tensors that a wrapper has put into the groups, as accelerate does when it shards (FSDP2)."""
+        owned = {p for group in self.param_groups for p in group["params"]}
+        if owned <= self.state.keys():
+            return
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p not in self.state and group["step"]:
+                    raise RuntimeError(
+                        f"{name_of(group, i)} of shape {tuple(p.shape)} was put into its group after {group['step']} steps and "
+                        f"has no state: shard or wrap a model before its first step, or build the optimizer anew and load its "
+                        f"state_dict. No weight was changed."
+                    )
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p] = self._fresh_state(p, group)
+        for p in [p for p in self.state if p not in owned]:
+            del self.state[p]
+
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
@@ -334,7 +358,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _step_parameters_(self, indexed: Iterable[tuple[int, Tensor]], group: Mapping[str, Any], room: Room) -> None:
         """Step those parameters of a group that have a gradient; each comes with its place in the optimizer."""
-        # A GradScaler sets both for the time of a step.
+        # A GradScaler sets both for the time of a step, if `_step_supports_amp_scaling` is set on the optimizer.
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         stepped = [(index, p) for index, p in indexed if p.grad is not None and p.numel()]
         self._follow_devices(p for _, p in stepped)
@@ -402,6 +426,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self._recorder.every = every
             if self._step_number() % every:
                 return None
+        self._follow_replaced()
         return metrics.read(self, self._recorder)
 
     def _step_number(self) -> int:
@@ -411,6 +436,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only; each spectral group carries the text of its rule (`schatten.checkpoint`)."""
+        self._follow_replaced()
         return checkpoint.exported(super().state_dict(), self.param_groups, self.rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -419,6 +445,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         lr, momentum and every other number come from the checkpoint; the rule must agree. Raises ValueError, before
         anything changes, for another rule, another optimizer's state or parameters that do not match.
         """
+        self._follow_replaced()
+        if converters.is_torch_muon(state_dict):
+            state_dict = converters.from_torch_muon(state_dict, self)
         checked = checkpoint.imported(state_dict, self.param_groups, self.state, self.rule)
         super().load_state_dict(checked)
         checkpoint.restore_precision(checked, self.param_groups, self.state)

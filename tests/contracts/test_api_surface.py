@@ -22,6 +22,8 @@ PROMISED = {
 }
 
 OPTIONAL = {
+    "jsonargparse",
+    "peft",
     "accelerate",
     "datasets",
     "lightning",
@@ -38,6 +40,14 @@ OPTIONAL = {
     "triton",
     "typer",
 }
+
+
+def _beside(name: str) -> bool:
+    """Whether a module is no part of the core, and may need packages that the core does not."""
+    return any(
+        name == part or name.startswith(part + ".") for part in ("schatten.lab", "schatten.cli", "schatten.integrations")
+    )
+
 
 # `__main__` runs the command line when imported.
 MODULES = sorted(m.name for m in pkgutil.walk_packages(schatten.__path__, "schatten.") if not m.name.endswith("__main__"))
@@ -96,7 +106,7 @@ def test_every_module_opens_with_its_idea_and_its_examples_run(name):
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        if not name.startswith(("schatten.lab", "schatten.cli")) or (error.name or "").startswith("schatten"):
+        if not _beside(name) or (error.name or "").startswith("schatten"):
             raise
         pytest.skip(f"{name} needs {error.name}: pip install schatten[lab]")
     assert module.__doc__, f"{name} has no docstring"
@@ -123,7 +133,7 @@ def test_the_documentation_knows_every_map_and_solver(folder):
 def test_the_examples_are_found():
     # Guards the test above against finding nothing: polar, plan, Muon, Rule, the engine, three solvers and a map.
     finder = doctest.DocTestFinder(exclude_empty=True)
-    modules = [importlib.import_module(name) for name in MODULES if not name.startswith(("schatten.lab", "schatten.cli"))]
+    modules = [importlib.import_module(name) for name in MODULES if not _beside(name)]
     assert sum(bool(test.examples) for module in modules for test in finder.find(module)) >= 9
 
 
@@ -176,4 +186,4 @@ def test_importing_imports_no_optional_package(imported):
 
 def test_the_lab_stays_out_of_the_core(imported):
     assert "schatten.optimizer" in imported["new"]
-    assert not [name for name in imported["new"] if name.startswith(("schatten.lab", "schatten.cli"))]
+    assert not [name for name in imported["new"] if _beside(name)]

@@ -106,6 +106,69 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(any_preset, dtyp
     assert_same_state(other.state_dict(), opt.state_dict())
 
 
+KEPT = {
+    "bf16 averages": (schatten.Muon, {}, {"state_dtype": "bfloat16"}),
+    "int8 averages": (schatten.Muon, {}, {"state_dtype": "int8"}),
+    "Kahan's compensation": (schatten.Muon, {"rounding": "kahan"}, {}),
+    "rows of unequal parts": (schatten.NorMuon, {}, {"layout": schatten.Layout(split=(4, 2))}),
+    "int8 of heads of columns": (schatten.Muon, {}, {"state_dtype": "int8", "layout": schatten.Layout(heads=2, axis="fan_in")}),
+    "a transposed matrix": (schatten.NorMuon, {}, {"layout": schatten.Layout(transpose=True)}),
+}
+
+
+@pytest.mark.parametrize(("preset", "options", "group"), KEPT.values(), ids=KEPT)
+def test_every_form_of_state_comes_back_bit_for_bit(preset, options, group):
+    def build():
+        p = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
+        return p, preset([{"params": [p], **group}], lr=0.05, **options)
+
+    p, opt = build()
+    train(opt, [p], range(SAVED_AT))
+    saved = through_a_file(opt.state_dict())
+    q, other = build()
+    train(other, [q], range(5, 7))  # a state to forget
+    other.load_state_dict(saved)
+    assert_same_state(other.state_dict(), saved)
+    assert {k: v.dtype for k, v in other.state[q].items()} == {k: v.dtype for k, v in opt.state[p].items()}
+    with torch.no_grad():
+        q.copy_(p)
+    for o, w in ((opt, p), (other, q)):
+        train(o, [w], range(SAVED_AT, END))
+    assert torch.equal(p, q)
+
+
+def test_auto_and_the_layout_it_stands_for_are_the_same_to_a_checkpoint():
+    def build(layout, shape=(6, 4)):
+        return schatten.Muon([{"params": [nn.Parameter(torch.zeros(shape))], "layout": layout}])
+
+    same = [
+        ("auto", "matrix", (6, 4)),
+        ("auto", schatten.Layout("matrix"), (6, 4)),
+        ("auto", "conv", (6, 4, 3, 3)),
+        (schatten.Layout(split=2), schatten.Layout("matrix", split=2), (6, 4)),
+    ]
+    for a, b, shape in same:
+        for theirs, ours in ((a, b), (b, a)):
+            build(ours, shape).load_state_dict(build(theirs, shape).state_dict())
+
+
+def test_a_scheduler_s_own_numbers_come_back_and_stay():
+    params = parameters(torch.float32)
+    opt = optimizer(params, lr=0.5)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
+    saved = through_a_file(opt.state_dict())
+    other = optimizer(parameters(torch.float32), lr=0.25)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["max_lr"] == 0.1
+    # A scheduler reads what it wrote into the groups, also after a checkpoint from before it was there.
+    scheduled = optimizer(parameters(torch.float32), lr=0.25)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=0.3, total_steps=10)
+    scheduled.load_state_dict(optimizer(parameters(torch.float32)).state_dict())
+    assert scheduled.param_groups[0]["max_lr"] == 0.3
+    scheduled.step()
+    scheduler.step()
+
+
 def test_loading_copies_and_leaves_the_given_dictionary_alone():
     params = parameters(torch.float32)
     opt = optimizer(params)
@@ -127,7 +190,7 @@ def test_a_state_dict_holds_plain_values_and_the_text_of_its_rule():
     assert "Scale(name='mup')" in spectral["rule"] and "svd()" in spectral["rule"] and "nesterov=False" in spectral["rule"]
     assert spectral["schema"] == adamw["schema"] == 1
     assert {"lr", "weight_decay", "momentum", "nesterov", "scale", "form", "decay", "rounding"} <= set(spectral)
-    plain = (bool, int, float, str, torch.Tensor)
+    plain = (bool, int, float, str, torch.Tensor, type(None))
     assert all(isinstance(v, plain) for v in flat([spectral, adamw]).values())
 
 

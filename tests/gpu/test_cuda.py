@@ -47,6 +47,7 @@ def test_a_captured_step_replays_as_eager_steps_do_with_a_schedule(dtype):
 
 def test_a_scaler_on_the_device_skips_an_overflow_without_a_wait():
     opt, params = setup("cuda", lr=0.01)
+    opt._step_supports_amp_scaling = True
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     scaler.scale(torch.zeros((), device="cuda"))
     before = [p.detach().clone() for p in params]

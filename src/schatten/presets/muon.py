@@ -42,9 +42,11 @@ class Muon(SpectralOptimizer):
         maximize: ascend.
         adamw: `betas` and `eps` of the AdamW groups.
         rules: overrides for a module's routes, see `schatten.plan`.
+        strict: refuse a module with parameters of two or more dimensions whose kind is not known; False trains them by AdamW.
         max_batch_bytes: what a step may allocate at a time, default 160 MiB.
 
-    State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters unless `state_dtype` says less. Differences from
+    State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters unless
+    `state_dtype` says less. Differences from
     torch.optim.Muon: gradients beyond fp32's square range are handled, a non-finite gradient is skipped and counted,
     the solver is a tighter polynomial, convolutions and banks of matrices are read as matrices, and lr means AdamW's
     unless `scale="keller"`.
@@ -78,6 +80,7 @@ class Muon(SpectralOptimizer):
         maximize: bool = False,
         adamw: Mapping[str, Any] | None = None,
         rules: Sequence[tuple[Any, ...]] = (),
+        strict: bool = True,
         max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         super().__init__(
@@ -95,6 +98,7 @@ class Muon(SpectralOptimizer):
             maximize=maximize,
             adamw=adamw,
             rules=rules,
+            strict=strict,
             max_batch_bytes=max_batch_bytes,
         )
 

@@ -88,7 +88,7 @@ class Scion(SpectralOptimizer):
             tables = [e.name for e in plan(params, rules) if e.route == "adamw" and len(e.shape) == 2]
             sign = {"ball": "sign", "radius": sign_radius}
             rules += [(name, "spectral", sign) for name in tables]
-            options["adamw"] = {"weight_decay": 0.0, **options.get("adamw", {})}
+            options["adamw"] = {"weight_decay": 0.0, **(options.get("adamw") or {})}
         weight_decay = 1.0 if constrained else 0.0
         super().__init__(
             params, lr=lr, weight_decay=weight_decay, momentum=momentum, ball="spectral", radius=radius, rules=rules, **options

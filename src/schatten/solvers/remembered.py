@@ -4,8 +4,6 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
-import torch
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -29,4 +27,6 @@ def remembered(derive: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 
-    return torch.compiler.assume_constant_result(call)
+    # What torch.compiler.assume_constant_result does, which would import the compiler with this library.
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return call
