@@ -42,11 +42,16 @@ class Recorder:
         self.errors: dict[tuple[int, str], Tensor] = {}
 
     def begin(self, step: int) -> None:
-        """Open for step number `step`, if that is one to measure."""
+        """Open for step number `step`, if that is one to measure, until `end`; again within one step changes nothing."""
+        if self.open and step == self.step:
+            return
         self.open = self.every > 0 and step % self.every == 0
         if self.open:
             self.step = step
             self._clear()
+
+    def end(self) -> None:
+        self.open = False
 
     def gradient(self, number: int, p: Tensor) -> None:
         assert p.grad is not None

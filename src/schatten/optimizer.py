@@ -272,6 +272,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             indexed = list(enumerate(group["params"], index))
             index += len(indexed)
             self._step_parameters_(indexed, group, room)
+        self._recorder.end()
         return loss
 
     def step_in_backward(self) -> ExitStack:
@@ -304,8 +305,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_now_(self, g: int, index: int, p: Tensor) -> None:
-        self._refuse_unusable_gradients()
         group = self.param_groups[g]
+        _refuse_sparse(p, f"the parameter number {index}")
+        self._recorder.begin(group["step"] + 1)
         self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room())
         p.grad = None
 
@@ -342,11 +344,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"Gradients must be dense, but that of {name_of(group, i)}, shape {tuple(p.shape)}, is "
-                        f"{p.grad.layout}: build the layer with sparse=False. No weight was changed."
-                    )
+                _refuse_sparse(p, name_of(group, i))
 
     def _follow_devices(self, params: Iterable[Tensor]) -> None:
         # State is made at construction; a model moved afterwards takes it along, as it would with torch's lazy state.
@@ -451,6 +449,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
         checked = checkpoint.imported(state_dict, self.param_groups, self.state, self.rule)
         super().load_state_dict(checked)
         checkpoint.restore_precision(checked, self.param_groups, self.state)
+
+
+def _refuse_sparse(p: Tensor, name: str) -> None:
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"Gradients must be dense, but that of {name}, shape {tuple(p.shape)}, is {p.grad.layout}: build the layer with "
+            f"sparse=False. No weight was changed."
+        )
 
 
 def _whole(p: Tensor) -> Piece:

@@ -78,3 +78,33 @@ def test_frozen_parameters_are_left_alone():
 def test_presets_that_evaluate_gradients_themselves_refuse_it(preset):
     with pytest.raises(TypeError, match=f"{preset.__name__} evaluates gradients in step"):
         preset([nn.Parameter(torch.zeros(4, 4))]).step_in_backward()
+
+
+def test_what_metrics_measures_is_measured_in_backward_too():
+    measured = []
+    for in_backward in (True, False):
+        net = model()
+        opt = schatten.Muon(net, **OPTIONS)
+        opt.metrics(every=1)
+        if in_backward:
+            opt.step_in_backward()
+        torch.manual_seed(1)
+        for _ in range(2):
+            opt.zero_grad()
+            net(torch.randn(4, 6, dtype=torch.float64)).square().mean().backward()
+            opt.step()
+            found = opt.metrics(every=1)
+        measured.append(found)
+    for key in ("update_rms", "orthogonality_error"):
+        assert measured[0][key] == pytest.approx(measured[1][key], rel=1e-6, abs=1e-9) and measured[0][key]
+    assert measured[0]["norms"]["adamw"] == pytest.approx(measured[1]["norms"]["adamw"])
+
+
+def test_a_sparse_gradient_is_refused_in_backward():
+    table = nn.Embedding(10, 4, sparse=True)
+    opt = schatten.Muon([{"params": table.weight, "algorithm": "adamw"}])
+    with (
+        opt.step_in_backward(),
+        pytest.raises(RuntimeError, match="Gradients must be dense, but that of the parameter number 0"),
+    ):
+        table(torch.tensor([1, 2])).sum().backward()
