@@ -8,6 +8,7 @@ gradient and of its momentum is read and written in place, and a rule cannot tel
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 from torch import Tensor
@@ -102,7 +103,7 @@ class Piece:
     """Equal blocks of a parameter of `shape`: `blocks` is (blocks, fan_out, fan_in).
 
     They are `parts` parts of `size` along the layout's axis from `offset` on, each cut into `heads`, of every one of the
-    `groups` repetitions.
+    `groups` repetitions. A `plain` piece is the whole parameter in its own order, so that reshaping reads it.
     """
 
     blocks: tuple[int, int, int]
@@ -112,12 +113,7 @@ class Piece:
     parts: int
     size: int
     heads: int
-
-    @property
-    def plain(self) -> bool:
-        """Whether the blocks are the whole parameter in its own order, so that reshaping reads them."""
-        layout = self.layout
-        return not layout.transpose and layout.kind != "positions" and layout == Layout(layout.kind)
+    plain: bool
 
     def view(self, t: Tensor) -> Tensor:
         """A view of `t`, of the parameter's shape, whose dimensions are those of blocks, rows and columns in turn."""
@@ -153,20 +149,26 @@ def resolve(layout: str | Layout, shape: tuple[int, ...], name: str) -> str | La
     for sizes that do not add up to the axis and heads that do not divide a part.
     """
     found = _resolved(layout, shape, name)
-    pieces(found, shape, name)
+    _pieces(found, shape, name)
     return found.kind if found == Layout(found.kind) else found
 
 
-def pieces(layout: str | Layout, shape: Sequence[int], name: str = "parameter") -> tuple[Piece, ...]:
+def pieces(layout: str | Layout, shape: Sequence[int], name: str = "a parameter") -> tuple[Piece, ...]:
     """The blocks that a parameter of `shape` has under `layout`: one piece for each run of equal parts.
 
     Raises ValueError as `resolve`.
     """
-    shape = tuple(shape)
+    return _pieces(layout, tuple(shape), name)
+
+
+# A step asks for the same few again and again.
+@lru_cache(maxsize=4096)
+def _pieces(layout: str | Layout, shape: tuple[int, ...], name: str) -> tuple[Piece, ...]:
     layout = _resolved(layout, shape, name)
     lead, fan_out, fan_in, length = _sizes(layout, shape)
     sizes = _parts(layout, length, shape, name)
     heads = layout.heads if isinstance(layout.heads, tuple) else (layout.heads,) * len(sizes)
+    plain = layout.kind != "positions" and layout == Layout(layout.kind)
     found, offset = [], 0
     for (size, number), run in groupby(zip(sizes, heads, strict=True)):
         parts = len(list(run))
@@ -178,7 +180,7 @@ def pieces(layout: str | Layout, shape: Sequence[int], name: str = "parameter") 
         cut = (lead * parts * number, fan_out, fan_in)
         share = size * layout.groups // number
         blocks = (cut[0], share, fan_in) if layout.axis == "fan_out" else (cut[0], fan_out, fan_in // length * share)
-        found.append(Piece(blocks, shape, layout, offset, parts, size, number))
+        found.append(Piece(blocks, shape, layout, offset, parts, size, number, plain))
         offset += parts * size
     return tuple(found)
 
