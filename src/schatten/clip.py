@@ -111,8 +111,7 @@ def _two_steps(rule: Rule, group: Mapping[str, Any], factor: float) -> Tensor:
     fed = getattr(rule.signal, "fed_by", None) is not None
     for step in (1, 2):
         state["step"] = torch.full((1, 1, 1, 1), float(step), dtype=W.dtype, device="cpu")
-        # Of different sizes, so that a clip of one of them shows.
-        S = _matrix(step) * (factor * 4.0**step)
+        S = _matrix(step) * factor
         if not fed:
             S, new = rule.signal(S, state, {**group, "step": step})
             state |= new

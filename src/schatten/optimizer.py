@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from schatten import checkpoint, converters, metrics
 from schatten.adamw import STATE_KEYS, adamw_step_
@@ -33,6 +34,7 @@ from schatten.retractions import decays_explicitly
 from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
+from schatten.self_test import Report, self_test
 from schatten.state import COUNTERS, LOST, Member, fresh_state, suffixes, wide
 
 SCHEDULERS_OWN = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
@@ -254,7 +256,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     # A step chooses by shapes and counts on the host: traced, it would be compiled anew for each. This is torch's own mark,
     # which does not import the compiler, as torch.compiler.disable does.
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of every parameter that has a gradient. `closure` re-evaluates the model and its value is returned.
@@ -426,6 +428,20 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 return None
         self._follow_replaced()
         return metrics.read(self, self._recorder)
+
+    def self_test(self) -> Report:
+        """Step copies of some parameters and compare the update, decay, lr and accumulation with what the plan says.
+
+        Nothing of this optimizer changes, nor the user's random state. Raises `schatten.self_test.SelfTestError`, which lists
+        every check that failed; otherwise the report is a table to print. See `schatten.self_test.core.self_test`.
+
+        Example:
+            >>> import torch, schatten
+            >>> opt = schatten.Muon(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)))
+            >>> all(check.ok for check in opt.self_test())
+            True
+        """
+        return self_test(self)
 
     def _step_number(self) -> int:
         return max(group["step"] for group in self.param_groups)
