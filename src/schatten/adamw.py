@@ -11,8 +11,6 @@ from schatten.retractions.core import lr_of
 from schatten.rounding import noisy, store_
 from schatten.state import LOST, Member
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq")
-
 
 def adamw_step_(m: Member, group: Mapping[str, Any], found_inf: Tensor | None, scale: Tensor | None) -> None:
     """One AdamW step of one parameter; a non-finite gradient leaves parameter and averages as they are and is counted.

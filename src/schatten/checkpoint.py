@@ -20,7 +20,7 @@ from schatten.checkpoint_checks import (
     number_problems,
     state_problems,
 )
-from schatten.groups import name_of
+from schatten.groups import SCHEMA, name_of
 from schatten.layout import Layout
 from schatten.rule import Rule
 from schatten.state import wide
@@ -28,8 +28,6 @@ from schatten.state import wide
 RuleOf = Callable[[Mapping[str, Any]], Rule]
 
 States = Mapping[torch.Tensor, dict[str, torch.Tensor]]
-
-SCHEMA = 1
 
 # How many problems an error lists.
 LISTED = 20

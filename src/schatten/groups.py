@@ -1,7 +1,7 @@
 """Param groups: which keys each algorithm has, and the checks a group passes before it joins an optimizer."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,6 +17,35 @@ ALGORITHMS = ("spectral", "adamw")
 UNORDERED = "Parameters must come in a fixed order, got a set: pass a list."
 
 SHARED_KEYS = ("lr", "weight_decay", "rounding", "maximize")
+
+
+SCHEDULERS_OWN = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+
+ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
+
+# The form of a saved group, written into it.
+SCHEMA = 1
+
+
+def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with the defaults of its algorithm and what a saved group has; only an AdamW group has AdamW's own.
+
+    Raises ValueError for names that are not one for each parameter, an unknown algorithm and a misspelt option.
+    """
+    if len(group.get("param_names", group["params"])) != len(group["params"]):
+        raise ValueError(
+            f"param_names must name every parameter of the group, got {len(group['param_names'])} names for "
+            f"{len(group['params'])} parameters: drop the key, or pass (name, tensor) pairs."
+        )
+    algorithm = group["algorithm"]
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
+    check_spelling(group, {*defaults, *ADAMW_DEFAULTS, "params", "param_names", "algorithm", "rule", *SCHEDULERS_OWN})
+    spectral = algorithm == "spectral"
+    inherited = {k: v for k, v in defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
+    # torch.distributed.checkpoint's flat form reads no keys that the live group lacks.
+    saved = {"step": 0, "schema": SCHEMA, **({"rule": None} if spectral else {})}
+    return {**saved, **inherited, **({} if spectral else defaults["adamw"]), **group}
 
 
 def name_of(group: Mapping[str, Any], index: int) -> str:
@@ -92,6 +121,30 @@ def check_layouts(group: Mapping[str, Any]) -> None:
         resolve(group["layout"], tuple(p.shape), name_of(group, i))
     if group["state_dtype"] not in STATE_DTYPES:
         raise ValueError(f"state_dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {group['state_dtype']!r}.")
+
+
+def follow_replaced_(
+    state: MutableMapping[Tensor, Any], groups: Sequence[Mapping[str, Any]], fresh: Callable[[Tensor, Mapping[str, Any]], Any]
+) -> None:
+    """Give fresh state to tensors that a wrapper has put into the groups, as accelerate does when it shards (FSDP2).
+
+    Raises RuntimeError that names such a tensor once its group has been stepped.
+    """
+    owned = {p for group in groups for p in group["params"]}
+    if owned <= state.keys():
+        return
+    new = [(p, group, i) for group in groups for i, p in enumerate(group["params"]) if p not in state]
+    for p, group, i in new:
+        if group["step"]:
+            raise RuntimeError(
+                f"{name_of(group, i)} of shape {tuple(p.shape)} was put into its group after {group['step']} steps and has no "
+                f"state: shard or wrap a model before its first step, or build the optimizer anew and load its state_dict. "
+                f"No weight was changed."
+            )
+    for p, group, _ in new:
+        state[p] = fresh(p, group)
+    for p in [p for p in state if p not in owned]:
+        del state[p]
 
 
 def unpack(params: Any) -> tuple[list[Tensor], list[str] | None]:

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from schatten import checkpoint, converters, metrics
-from schatten.adamw import STATE_KEYS, adamw_step_
+from schatten.adamw import adamw_step_
 from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted, parts, places
 from schatten.groups import (
-    ALGORITHMS,
-    SHARED_KEYS,
+    ADAMW_DEFAULTS,
     UNORDERED,
     check_layouts,
     check_numbers,
     check_parameters,
-    check_spelling,
     check_stability,
+    completed,
+    follow_replaced_,
     name_of,
     unpack,
 )
@@ -35,11 +35,7 @@ from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
 from schatten.rule import Rule
 from schatten.self_test import Report, self_test
-from schatten.state import COUNTERS, LOST, Member, fresh_state, suffixes, wide
-
-SCHEDULERS_OWN = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
-
-ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-8}
+from schatten.state import Member, follow_device_, fresh_state, suffixes, wide
 
 
 class SpectralOptimizer(torch.optim.Optimizer):
@@ -178,24 +174,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         group["params"], names = unpack(group["params"])
         if names is not None:
             group["param_names"] = names
-        elif len(group.get("param_names", group["params"])) != len(group["params"]):
-            raise ValueError(
-                f"param_names must name every parameter of the group, got {len(group['param_names'])} names for "
-                f"{len(group['params'])} parameters: drop the key, or pass (name, tensor) pairs."
-            )
-        algorithm = group.setdefault("algorithm", "spectral")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
-        spectral = algorithm == "spectral"
+        spectral = group.setdefault("algorithm", "spectral") == "spectral"
         if spectral:
             self._refuse_fixed_options(group)
             self._refuse_unfed(self.rule({**self.defaults, **group}))
-        # Schedulers keep numbers of their own in groups.
-        check_spelling(group, {*self.defaults, *ADAMW_DEFAULTS, "params", "param_names", "algorithm", "rule", *SCHEDULERS_OWN})
-        inherited = {k: v for k, v in self.defaults.items() if k != "adamw" and (spectral or k in SHARED_KEYS)}
-        # What a saved group has must be the live one's: torch.distributed.checkpoint's flat form reads no other keys.
-        saved = {"step": 0, "schema": checkpoint.SCHEMA, **({"rule": None} if spectral else {})}
-        group = {**saved, **inherited, **({} if spectral else self.defaults["adamw"]), **group}
+        group = completed(group, self.defaults)
         check_parameters(group)
         if spectral:
             check_layouts(group)
@@ -204,8 +187,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             check_numbers(group)
         if not spectral or decays_explicitly(self.rule(group).retraction):
             check_stability(group)
-        keys = set(group)
         self._refuse_duplicates(group)
+        fresh = {p: self._fresh_state(p, group) for p in group["params"]}
+        keys = set(group)
         names = group.pop("param_names", None)
         if names is not None:
             group["params"] = list(zip(names, group["params"], strict=True))
@@ -213,8 +197,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         added = self.param_groups[-1]
         for key in set(added) - keys:  # defaults of the other algorithm, which torch has filled in
             del added[key]
-        for p in added["params"]:
-            self.state[p] = self._fresh_state(p, added)
+        self.state.update(fresh)
 
     def _refuse_fixed_options(self, group: Mapping[str, Any]) -> None:
         options = self._named_options()
@@ -240,17 +223,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             if p in owned:
                 raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
 
-    @torch.no_grad()
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        if group["algorithm"] == "adamw":
-            like = torch.empty_like(p, dtype=wide(p.dtype), memory_format=torch.contiguous_format)
-            state = {key: torch.zeros_like(like) for key in STATE_KEYS}
-        else:
-            state = fresh_state(p, pieces(group["layout"], p.shape), self.rule(group), group["state_dtype"])
-        if group["rounding"] == "kahan" and p.dtype != wide(p.dtype):
-            state[LOST] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
-        counters = {key: torch.zeros((), device=p.device) for key in COUNTERS}
-        return {**state, **counters}
+        return fresh_state(p, group, self.rule(group) if group["algorithm"] == "spectral" else None)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -324,44 +298,20 @@ class SpectralOptimizer(torch.optim.Optimizer):
             return closure()
 
     def _follow_replaced(self) -> None:
-        """Give fresh state to tensors that a wrapper has put into the groups, as accelerate does when it shards (FSDP2)."""
-        owned = {p for group in self.param_groups for p in group["params"]}
-        if owned <= self.state.keys():
-            return
-        for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p not in self.state and group["step"]:
-                    raise RuntimeError(
-                        f"{name_of(group, i)} of shape {tuple(p.shape)} was put into its group after {group['step']} steps and "
-                        f"has no state: shard or wrap a model before its first step, or build the optimizer anew and load its "
-                        f"state_dict. No weight was changed."
-                    )
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p not in self.state:
-                    self.state[p] = self._fresh_state(p, group)
-        for p in [p for p in self.state if p not in owned]:
-            del self.state[p]
+        follow_replaced_(self.state, self.param_groups, self._fresh_state)
 
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 _refuse_sparse(p, name_of(group, i))
 
-    def _follow_devices(self, params: Iterable[Tensor]) -> None:
-        # State is made at construction; a model moved afterwards takes it along, as it would with torch's lazy state.
-        for p in params:
-            state = self.state[p]
-            if state["step"].device != p.device:
-                for key, value in state.items():
-                    state[key] = value.to(p.device)
-
     def _step_parameters_(self, indexed: Iterable[tuple[int, Tensor]], group: Mapping[str, Any], room: Room) -> None:
         """Step those parameters of a group that have a gradient; each comes with its place in the optimizer."""
         # A GradScaler sets both for the time of a step, if `_step_supports_amp_scaling` is set on the optimizer.
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         stepped = [(index, p) for index, p in indexed if p.grad is not None and p.numel()]
-        self._follow_devices(p for _, p in stepped)
+        for _, p in stepped:
+            follow_device_(self.state[p], p)
         if self._recorder.open:
             for index, p in stepped:
                 self._recorder.gradient(index, p)

@@ -6,18 +6,21 @@ of rows) has its own shape, and, where the parameter has blocks of several sizes
 """
 
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from schatten.blockwise import blocks_of
-from schatten.layout import Piece
+from schatten.layout import Piece, pieces
 from schatten.rounding import HALF
 from schatten.rule import Rule
 
 COUNTERS = ("step", "skipped")
+
+# What torch's AdamW keeps.
+ADAMW = ("exp_avg", "exp_avg_sq")
 
 # What Kahan's rounding took from a half-precision parameter.
 LOST = "compensation"
@@ -41,20 +44,40 @@ def suffixes(pieces: Sequence[Piece]) -> list[str]:
     return [f".{i}" for i in range(len(pieces))] if len(pieces) > 1 else [""]
 
 
-def fresh_state(p: Tensor, pieces: Sequence[Piece], rule: Rule, state_dtype: str | None) -> dict[str, Tensor]:
-    """The state of a new spectral parameter, as `rule.init` makes it for each of its pieces."""
-    like = [torch.empty(piece.blocks, dtype=wide(p.dtype), device=p.device) for piece in pieces]
+@torch.no_grad()
+def fresh_state(p: Tensor, group: Mapping[str, Any], rule: Rule | None) -> dict[str, Tensor]:
+    """The state of a new parameter of a group with `rule`, or of an AdamW group (None), with its counters."""
+    if rule is None:
+        state = {key: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for key in ADAMW}
+    else:
+        state = _of_rule(p, pieces(group["layout"], p.shape), rule, group["state_dtype"])
+    if group["rounding"] == "kahan" and p.dtype != wide(p.dtype):
+        state[LOST] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+    counters = {key: torch.zeros((), device=p.device) for key in COUNTERS}
+    return {**state, **counters}
+
+
+def follow_device_(state: dict[str, Tensor], p: Tensor) -> None:
+    """Take state along with a model that was moved after construction, as torch's lazy state would go."""
+    if state["step"].device != p.device:
+        for key, value in state.items():
+            state[key] = value.to(p.device)
+
+
+def _of_rule(p: Tensor, own: Sequence[Piece], rule: Rule, state_dtype: str | None) -> dict[str, Tensor]:
+    """As `rule.init` makes it for each of the parameter's pieces."""
+    like = [torch.empty(piece.blocks, dtype=wide(p.dtype), device=p.device) for piece in own]
     made = [rule.init(W) for W in like]
     state: dict[str, Tensor] = {}
     for key in made[0]:
-        values = [own[key] for own in made]
+        values = [one[key] for one in made]
         if any(value.shape != W.shape for value, W in zip(values, like, strict=True)):
-            state.update({key + s: _own_form(v, p) for s, v in zip(suffixes(pieces), values, strict=True)})
+            state.update({key + s: _own_form(v, p) for s, v in zip(suffixes(own), values, strict=True)})
             continue
         short = state_dtype if key in AVERAGES else None
         dtype = getattr(torch, short) if short else values[0].dtype
         kept = torch.empty(p.shape, dtype=dtype, device=p.device)
-        for piece, value, suffix in zip(pieces, values, suffixes(pieces), strict=True):
+        for piece, value, suffix in zip(own, values, suffixes(own), strict=True):
             place = piece.view(kept)
             place.copy_(value.reshape(place.shape))
             if short == "int8":

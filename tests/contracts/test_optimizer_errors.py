@@ -121,7 +121,7 @@ def test_adamw_options_out_of_range_are_refused_even_before_there_is_an_adamw_gr
     for construct in (
         lambda: schatten.Muon([group]),
         lambda: added_later(group),
-        lambda: schatten.Muon(nn.Linear(4, 3), adamw=option),
+        lambda: schatten.Muon(nn.Linear(8, 6), adamw=option),
         lambda: schatten.Muon([matrix()], adamw=option),
     ):
         with pytest.raises(ValueError, match=words):
