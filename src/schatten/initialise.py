@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from schatten.layout import pieces
-from schatten.routing import plan
+from schatten.routing import named_parameters, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,9 +43,9 @@ def init_spectral_(model: Model, rules: Sequence[tuple[Any, ...]] = ()) -> Model
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"init_spectral_ rescales the matrices of a torch.nn.Module, got {type(model).__name__}.")
-    params = dict(model.named_parameters())
+    params = named_parameters(model)
     scaled, unusable = [], []
-    for entry in plan(model, rules):
+    for entry in plan(model, rules, strict=False):
         p = params[entry.name]
         if entry.route != "spectral" or entry.layout == "flat" or p.numel() == 0:
             continue

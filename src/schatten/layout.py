@@ -253,7 +253,3 @@ def _parts(layout: Layout, length: int, shape: tuple[int, ...], name: str) -> tu
             f"split={layout.split}{repeated}."
         )
     return (length // (layout.split * layout.groups),) * layout.split
-
-
-def blocks(layout: str | Layout, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    return pieces(layout, shape)[0].blocks

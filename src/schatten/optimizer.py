@@ -33,6 +33,7 @@ from schatten.layout import Layout, Piece, pieces
 from schatten.retractions import decays_explicitly
 from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
+from schatten.routing.sharding import refuse_flat
 from schatten.rule import Rule
 from schatten.self_test import Report, self_test
 from schatten.state import Member, follow_device_, fresh_state, suffixes, wide
@@ -180,6 +181,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self._refuse_unfed(self.rule({**self.defaults, **group}))
         group = completed(group, self.defaults)
         check_parameters(group)
+        for i, p in enumerate(group["params"]):
+            refuse_flat(name_of(group, i), p)
         if spectral:
             check_layouts(group)
             check_numbers(group, self.rule(group).hyperparameters)

@@ -43,7 +43,7 @@ def test_hyperball_refuses_weight_decay_of_matrices_everywhere():
     for construct in (
         lambda: Hyperball([matrix()], weight_decay=0.1),
         lambda: Hyperball([{"params": [matrix()], "weight_decay": 0.1}]),
-        lambda: Hyperball(nn.Linear(4, 3), weight_decay=0.1),
+        lambda: Hyperball(nn.Linear(4, 4), weight_decay=0.1),
     ):
         with pytest.raises(ValueError, match=words):
             construct()

@@ -121,11 +121,11 @@ def test_frozen_and_shared_weights():
 
 
 def test_weights_that_are_not_contiguous_are_scaled_in_place():
-    layer = nn.Linear(6, 3, bias=False)
-    layer.weight = nn.Parameter(torch.randn(6, 3).T)
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight = nn.Parameter(torch.randn(6, 4).T)
     init_spectral_(layer)
     assert not layer.weight.is_contiguous()
-    assert norms(layer.weight.detach(), (3, 6)).item() == pytest.approx(0.5**0.5, rel=1e-6)
+    assert norms(layer.weight.detach(), (4, 6)).item() == pytest.approx((4 / 6) ** 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize(

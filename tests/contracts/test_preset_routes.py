@@ -13,7 +13,7 @@ class Model(nn.Module):
         super().__init__()
         self.table = nn.Embedding(20, 8)
         self.inner = nn.Linear(8, 16)
-        self.conv = nn.Conv2d(2, 3, 3)
+        self.conv = nn.Conv2d(2, 4, 3)
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(8, 20, bias=False)
 

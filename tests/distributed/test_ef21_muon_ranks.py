@@ -13,6 +13,20 @@ from tests.distributed import ef21_muon_ranks as ranks
 SIZE = 2
 
 
+def counts(run):
+    """What was counted; norms of gradients are each rank's own, and those of weights known to rounding."""
+    counted = (
+        "skipped",
+        "skipped_total",
+        "without_gradient",
+        "effective_lr",
+        "bytes_to_server",
+        "bytes_to_workers",
+        "bytes_dense",
+    )
+    return {key: run["metrics"][key] for key in counted}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank saw. A file is their meeting point: no port can be taken."""
@@ -52,7 +66,7 @@ def assert_equal(found):
     for one, other in zip(first["state"], second["state"], strict=True):
         for key in set(one) - {"momentum_buffer", "estimate"}:
             assert torch.equal(one[key], other[key]), key
-    assert first["metrics"] == second["metrics"]
+    assert counts(first) == counts(second)
 
 
 def assert_near(weights, others):
@@ -67,7 +81,7 @@ def test_ranks_stay_bitwise_equal_and_are_simulated_workers(found, choice):
     assert_equal(runs)
     reference = simulated(choice)
     assert_near(runs[0]["weights"], reference["weights"])
-    assert runs[0]["metrics"] == reference["metrics"]
+    assert counts(runs[0]) == counts(reference)
     for j, own in enumerate(runs):
         for p, (state, expected) in enumerate(zip(own["state"], reference["state"], strict=True)):
             if p < 3:

@@ -85,7 +85,8 @@ class Scion(SpectralOptimizer):
         self._nuclear = Nuclear(polynomial() if solver is None else solver)
         rules = list(rules)
         if isinstance(params, nn.Module):
-            tables = [e.name for e in plan(params, rules) if e.route == "adamw" and len(e.shape) == 2]
+            found = plan(params, rules, strict=options.get("strict", True))
+            tables = [e.name for e in found if e.reason.startswith(("embedding", "shares storage", "output head"))]
             sign = {"ball": "sign", "radius": sign_radius}
             rules += [(name, "spectral", sign) for name in tables]
             options["adamw"] = {"weight_decay": 0.0, **(options.get("adamw") or {})}
