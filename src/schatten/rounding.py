@@ -37,7 +37,7 @@ def _int32(seed: int | Tensor) -> int | Tensor:
 
 
 def stochastic_bf16(X: Tensor, seed: int | Tensor) -> Tensor:
-    """`X` (fp32, or first rounded to it) rounded to bf16 up or down at random with mean `X`; values bf16 holds exactly stay, as do inf and nan."""
+    """`X` rounded to bf16 up or down at random with mean `X` in fp32; values bf16 holds exactly stay, as do inf and nan."""
     X = X.float()
     # bf16 is the upper half of fp32: adding noise below it carries into it with the wanted probability.
     rounded = ((X.contiguous().view(torch.int32) + uniform16(X, seed)) & -(1 << 16)).view(torch.float32)
