@@ -4,6 +4,8 @@ The reference twin cuts blocks out by indexing, one entry at a time, and never c
 """
 
 import itertools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -169,3 +171,35 @@ def test_equal_blocks_are_one_batch(monkeypatch):
         p.grad = torch.randn_like(p)
     opt.step()
     assert seen == [(5, 3, 4, 4)]
+
+
+@dataclass(frozen=True)
+class Turned:
+    """An average kept transposed: state whose stored shape can be the parameter's by accident."""
+
+    hyperparameters: ClassVar[tuple[str, ...]] = ("momentum",)
+    elementwise: ClassVar[bool] = False
+
+    def init(self, W):
+        return {"turned": torch.zeros_like(W.mT)}
+
+    def __call__(self, G, state, group):
+        M = torch.lerp(state["turned"], G.mT, 1 - group["momentum"])
+        return M.mT, {"turned": M}
+
+
+@pytest.mark.parametrize(("layout", "shape"), CASES.values(), ids=CASES)
+def test_state_that_has_the_parameters_shape_by_accident_is_not_taken_for_it(layout, shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weights = []
+    for signal in (Turned(), schatten.signals.Momentum(nesterov=False)):
+        p = nn.Parameter(start.clone())
+        rule = schatten.Rule(signal, schatten.maps.Nuclear(solvers.svd()))
+        opt = schatten.SpectralOptimizer([{"params": [p], "layout": layout}], rule, lr=0.1, momentum=0.9)
+        gradients = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            p.grad = torch.randn(shape, generator=gradients, dtype=torch.float64)
+            opt.step()
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)

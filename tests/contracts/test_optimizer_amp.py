@@ -29,12 +29,14 @@ def in_step(request):
     return request.param
 
 
+# One rule that does not see the size of a gradient, and one that does.
+@pytest.mark.parametrize("preset", [schatten.Muon, lambda net, **options: schatten.SpectralSGD(net, p=0.5, **options)])
 @pytest.mark.parametrize("masked", [False, True], ids=["host", "device mask"])
 @pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled by hand"])
-def test_a_scaled_run_is_the_plain_run(monkeypatch, masked, unscaled, in_step):
+def test_a_scaled_run_is_the_plain_run(monkeypatch, masked, unscaled, in_step, preset):
     monkeypatch.setattr(batching, "looking_is_free", lambda p: not masked)
     a, b = model(), model()
-    opt, plain, scaling = schatten.Muon(a, **OPTIONS), schatten.Muon(b, **OPTIONS), scaler()
+    opt, plain, scaling = preset(a, **OPTIONS), preset(b, **OPTIONS), scaler()
     opt._step_supports_amp_scaling = in_step
     X = torch.randn(8, 4, dtype=torch.float64)
     for _ in range(3):

@@ -221,3 +221,12 @@ def test_the_noise_of_a_step_follows_the_count_on_the_device():
         opt.step()
         rounded.append(p.detach().clone())
     assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
+
+
+def test_equal_parameters_are_rounded_by_noise_of_their_own():
+    params = [nn.Parameter(torch.full((64, 64), 1.0, dtype=torch.bfloat16)) for _ in range(2)]
+    opt = schatten.Muon(params, lr=1e-3, momentum=0.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert not torch.equal(*params)

@@ -108,3 +108,19 @@ def test_a_sparse_gradient_is_refused_in_backward():
         pytest.raises(RuntimeError, match="Gradients must be dense, but that of the parameter number 0"),
     ):
         table(torch.tensor([1, 2])).sum().backward()
+
+
+def test_a_rule_that_counts_steps_on_the_host_counts_the_same():
+    # SOAP makes its basis at the first step.
+    a, b = model(), model()
+    opt, plain = (schatten.SOAPMuon(net, lr=0.01, solver=solvers.svd()) for net in (a, b))
+    opt.step_in_backward()
+    X = torch.randn(16, 6, dtype=torch.float64)
+    for _ in range(3):
+        a(X).square().mean().backward()
+        opt.step()
+        plain.zero_grad()
+        b(X).square().mean().backward()
+        plain.step()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8)
