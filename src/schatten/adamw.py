@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from schatten.batching import finite_gradient
 from schatten.retractions.core import lr_of
 from schatten.rounding import noisy, store_
 from schatten.state import LOST, Member
@@ -24,8 +25,8 @@ def adamw_step_(m: Member, group: Mapping[str, Any], found_inf: Tensor | None, s
     grad = p.grad
     assert grad is not None
     dtype = state["exp_avg"].dtype
-    # A norm is inf too where squares overflow, from 2e19 on in fp32: one such square would stop its entry for good.
-    bad = ~torch.linalg.vector_norm(grad, dtype=dtype).isfinite()
+    # One square beyond the range would stop its entry for good.
+    bad = ~finite_gradient(p, squared=True)
     skip = (bad if found_inf is None else bad | (found_inf.to(bad.device) != 0)).float()
     if scale is not None:
         grad = grad.to(dtype) / scale.to(dtype)

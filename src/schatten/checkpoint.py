@@ -140,8 +140,10 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _refuse_foreign(saved: Mapping[str, Any]) -> None:
-    if "schema" not in saved or "algorithm" not in saved:
+    if "schema" not in saved:
         _refuse_others(saved)
+    if "algorithm" not in saved:
+        raise ValueError("A group of the checkpoint has lost its 'algorithm': it is damaged, take an earlier one.")
     if type(saved["schema"]) is not int or saved["schema"] != SCHEMA:
         raise ValueError(f"The checkpoint has schema {saved['schema']}, this version of schatten reads schema {SCHEMA}.")
 

@@ -1,8 +1,10 @@
 """Param groups: which keys each algorithm has, and the checks a group passes before it joins an optimizer."""
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,11 +34,7 @@ def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
 
     Raises ValueError for names that are not one for each parameter, an unknown algorithm and a misspelt option.
     """
-    if len(group.get("param_names", group["params"])) != len(group["params"]):
-        raise ValueError(
-            f"param_names must name every parameter of the group, got {len(group['param_names'])} names for "
-            f"{len(group['params'])} parameters: drop the key, or pass (name, tensor) pairs."
-        )
+    check_names(group)
     algorithm = group["algorithm"]
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
@@ -60,19 +58,42 @@ def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ())
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}.")
     for key in ("lr", "weight_decay", "eps"):
-        if key in group and not 0.0 <= group[key] < float("inf"):
+        if key in group and not 0.0 <= _number(key, group[key]) < float("inf"):
             raise ValueError(f"{key} must be finite and >= 0, got {group[key]}.")
     for key in hyperparameters:
         if key not in group:
             raise ValueError(f"This rule needs a value for {key!r}: pass {key}=..., or write it into the group.")
-        if key != "betas" and not 0.0 <= group[key] < 1.0:
+        if key != "betas" and not 0.0 <= _number(key, group[key]) < 1.0:
             raise ValueError(f"{key} must lie in [0, 1), got {group[key]}.")
     if "betas" in group:
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= _number("betas", b) < 1.0 for b in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}.")
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}.")
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
+
+
+def _number(key: str, value: Any) -> float:
+    """A number that fp64 holds; inf for what is beyond it."""
+    if isinstance(value, Tensor) and not value.is_complex() and value.numel() == 1:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{key} must be a number, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_names(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for names that are not one for each parameter."""
+    if len(group.get("param_names", group["params"])) != len(group["params"]):
+        raise ValueError(
+            f"param_names must name every parameter of the group, got {len(group['param_names'])} names for "
+            f"{len(group['params'])} parameters: drop the key, or pass (name, tensor) pairs."
+        )
 
 
 def check_spelling(group: Mapping[str, Any], known: Collection[str]) -> None:
@@ -104,6 +125,10 @@ def check_parameters(group: Mapping[str, Any]) -> None:
                 f"A parameter may appear once, but {name} and {seen[p]} are the same tensor of shape {tuple(p.shape)}."
             )
         seen[p] = name
+        if not (p.is_leaf or p.retains_grad):
+            raise ValueError(
+                f"{name} of shape {tuple(p.shape)} is no leaf: it is computed from others. Pass the parameters themselves."
+            )
         if p.is_complex():
             raise ValueError(
                 f"{name} of shape {tuple(p.shape)} is complex ({p.dtype}), which no rule here defines: "
@@ -111,6 +136,11 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             )
         if not p.is_floating_point():
             raise ValueError(f"Parameters must be floating point, but {name} of shape {tuple(p.shape)} is {p.dtype}.")
+        if p.layout == torch.strided and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(
+                f"{name} of shape {tuple(p.shape)} is expanded: several of its entries are one number in memory, which no step "
+                f"can move apart. Pass a contiguous copy."
+            )
         if p.layout != torch.strided:
             raise ValueError(f"Parameters must be dense, but {name} of shape {tuple(p.shape)} is {p.layout}: call .to_dense().")
 

@@ -165,7 +165,7 @@ def pieces(layout: str | Layout, shape: Sequence[int], name: str = "a parameter"
 @lru_cache(maxsize=4096)
 def _pieces(layout: str | Layout, shape: tuple[int, ...], name: str) -> tuple[Piece, ...]:
     layout = _resolved(layout, shape, name)
-    lead, fan_out, fan_in, length = _sizes(layout, shape)
+    lead, fan_out, fan_in, length, kernel = _sizes(layout, shape)
     sizes = _parts(layout, length, shape, name)
     heads = layout.heads if isinstance(layout.heads, tuple) else (layout.heads,) * len(sizes)
     plain = layout.kind != "positions" and layout == Layout(layout.kind)
@@ -179,7 +179,7 @@ def _pieces(layout: str | Layout, shape: tuple[int, ...], name: str) -> tuple[Pi
             )
         cut = (lead * parts * number, fan_out, fan_in)
         share = size * layout.groups // number
-        blocks = (cut[0], share, fan_in) if layout.axis == "fan_out" else (cut[0], fan_out, fan_in // length * share)
+        blocks = (cut[0], share, fan_in) if layout.axis == "fan_out" else (cut[0], fan_out, share * kernel)
         found.append(Piece(blocks, shape, layout, offset, parts, size, number, plain))
         offset += parts * size
     return tuple(found)
@@ -222,11 +222,11 @@ def _rows_and_columns(t: Tensor, layout: Layout) -> tuple[Tensor, int]:
     return (t.transpose(lead, lead + 1) if layout.transpose else t), lead
 
 
-def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """(leading blocks, fan_out, fan_in, length of the axis that is cut)."""
+def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+    """(leading blocks, fan_out, fan_in, length of the axis that is cut, columns of one channel)."""
     match layout.kind:
         case "flat":
-            return 1, 1, math.prod(shape), 1
+            return 1, 1, math.prod(shape), 1, 1
         case "experts":
             lead, (out, into), kernel = math.prod(shape[:-2]), shape[-2:], 1
         case "positions":
@@ -235,7 +235,7 @@ def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
             (out, into), lead, kernel = shape[:2], 1, math.prod(shape[2:])
     if layout.transpose:
         out, into = into, out
-    return lead, out, into * kernel, out if layout.axis == "fan_out" else into
+    return lead, out, into * kernel, out if layout.axis == "fan_out" else into, kernel
 
 
 def _parts(layout: Layout, length: int, shape: tuple[int, ...], name: str) -> tuple[int, ...]:

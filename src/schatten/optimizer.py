@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from schatten import checkpoint, converters, metrics
+from schatten import checkpoint, converters, edits, metrics
 from schatten.adamw import adamw_step_
 from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted, parts, places
 from schatten.groups import (
@@ -141,6 +141,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self.max_batch_bytes = max_batch_bytes
         self.plan = None
         self._recorder = metrics.Recorder()
+        self._seen: list[edits.Seen] = []
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules, others=self.others, strict=strict)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
@@ -158,7 +159,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.plan = Plan.of_groups(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
+        own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder, "_seen": []}
         return {**super().__getstate__(), **own}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
@@ -201,6 +202,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         for key in set(added) - keys:  # defaults of the other algorithm, which torch has filled in
             del added[key]
         self.state.update(fresh)
+        self._seen.append(edits.Seen.of(added, self.state))
 
     def _refuse_fixed_options(self, group: Mapping[str, Any]) -> None:
         options = self._named_options()
@@ -241,6 +243,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
+        self._check_edits()
         self._follow_replaced()
         loss = self.evaluate(closure)
         self._refuse_unusable_gradients()
@@ -285,7 +288,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_now_(self, g: int, index: int, p: Tensor) -> None:
         group = self.param_groups[g]
-        _refuse_sparse(p, f"the parameter number {index}")
+        _refuse_gradient(p, f"the parameter number {index}")
         self._recorder.begin(group["step"] + 1)
         self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room())
         p.grad = None
@@ -300,13 +303,22 @@ class SpectralOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
+    def _check_edits(self) -> None:
+        """Refuse groups that were made unusable since the last step; nothing has changed then."""
+        if len(self._seen) != len(self.param_groups):
+            self._seen = [edits.Seen.of(group, self.state) for group in self.param_groups]
+        self._seen = [
+            edits.checked(g, group, seen, self.state, self.rule)
+            for g, (group, seen) in enumerate(zip(self.param_groups, self._seen, strict=True))
+        ]
+
     def _follow_replaced(self) -> None:
         follow_replaced_(self.state, self.param_groups, self._fresh_state)
 
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                _refuse_sparse(p, name_of(group, i))
+                _refuse_gradient(p, name_of(group, i))
 
     def _step_parameters_(self, indexed: Iterable[tuple[int, Tensor]], group: Mapping[str, Any], room: Room) -> None:
         """Step those parameters of a group that have a gradient; each comes with its place in the optimizer."""
@@ -325,12 +337,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 if before is not None:
                     self._recorder.change(index, before, p, lr_of(group) * group["weight_decay"])
             return
-        members = []
+        rule, members = self.rule(group), []
         for index, p in stepped:
-            moved, finite = counted(p, self.state[p], found_inf)
+            moved, finite = counted(p, self.state[p], found_inf, getattr(rule.signal, "squares", False))
             if moved:
                 members += self._members(index, p, group, finite)
-        rule = self.rule(group)
         for batch in batches(members, self.max_batch_bytes):
             self._spectral_step_(Part(batch), rule, group, room, scale)
 
@@ -420,11 +431,18 @@ class SpectralOptimizer(torch.optim.Optimizer):
         checkpoint.restore_precision(checked, self.param_groups, self.state)
 
 
-def _refuse_sparse(p: Tensor, name: str) -> None:
-    if p.grad is not None and p.grad.layout != torch.strided:
+def _refuse_gradient(p: Tensor, name: str) -> None:
+    if p.grad is None:
+        return
+    if p.grad.layout != torch.strided:
         raise RuntimeError(
             f"Gradients must be dense, but that of {name}, shape {tuple(p.shape)}, is {p.grad.layout}: build the layer with "
             f"sparse=False. No weight was changed."
+        )
+    if p.grad.shape != p.shape or not p.grad.is_floating_point():
+        raise RuntimeError(
+            f"A gradient must have its parameter's shape and be real, but that of {name}, shape {tuple(p.shape)}, has shape "
+            f"{tuple(p.grad.shape)} and is {p.grad.dtype}. No weight was changed."
         )
 
 

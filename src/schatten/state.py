@@ -69,17 +69,17 @@ def _of_rule(p: Tensor, own: Sequence[Piece], rule: Rule, state_dtype: str | Non
     like = [torch.empty(piece.blocks, dtype=wide(p.dtype), device=p.device) for piece in own]
     made = [rule.init(W) for W in like]
     state: dict[str, Tensor] = {}
-    for key in made[0]:
-        values = [one[key] for one in made]
-        if any(value.shape != W.shape for value, W in zip(values, like, strict=True)):
-            state.update({key + s: _own_form(v, p) for s, v in zip(suffixes(own), values, strict=True)})
+    for key in dict.fromkeys(key for one in made for key in one):
+        values = [one.get(key) for one in made]
+        if any(value is None or value.shape != W.shape for value, W in zip(values, like, strict=True)):
+            state.update({key + s: _own_form(v, p) for s, v in zip(suffixes(own), values, strict=True) if v is not None})
             continue
         short = state_dtype if key in AVERAGES else None
-        dtype = getattr(torch, short) if short else values[0].dtype
+        dtype = getattr(torch, short) if short else wide(p.dtype)
         kept = torch.empty(p.shape, dtype=dtype, device=p.device)
-        for piece, value, suffix in zip(own, values, suffixes(own), strict=True):
+        for piece, made_value, suffix in zip(own, (one[key] for one in made), suffixes(own), strict=True):
             place = piece.view(kept)
-            place.copy_(value.reshape(place.shape))
+            place.copy_(made_value.reshape(place.shape))
             if short == "int8":
                 scales = (*piece.blocks[:2], blocks_of(piece.blocks[2]))
                 state[key + SCALES + suffix] = _own_form(torch.zeros(scales, device=p.device), p)

@@ -52,7 +52,7 @@ PARAMETERS = {
         r"names to all parameters of a group or to none: 1 of 2 have one",
     ),
     "no tensor": (lambda: [matrix(), "weight"], TypeError, r"tensors or \(name, tensor\) pairs, got str"),
-    "no leaf": (lambda: [matrix() * 2], ValueError, "non-leaf"),
+    "no leaf": (lambda: [matrix() * 2], ValueError, r"is no leaf"),
 }
 
 SHAPED = ("a vector", "a scalar", "a named vector", "three dimensions")

@@ -98,6 +98,7 @@ def test_degenerate_gradients_leave_weights_finite_and_inside_the_step(rows, col
 @checked
 @given(value=st.floats(width=32), dtype=DTYPES)
 @example(value=3.4e38, dtype=torch.float32)
+@example(value=3.3e35, dtype=torch.float32)
 @example(value=1e-45, dtype=torch.float32)
 @example(value=float("nan"), dtype=torch.bfloat16)
 def test_any_float_as_an_entry_of_a_gradient_leaves_weights_finite(value, dtype):
@@ -106,7 +107,8 @@ def test_any_float_as_an_entry_of_a_gradient_leaves_weights_finite(value, dtype)
     for parameter in (p, q):
         parameter.grad = torch.ones(3, 4, dtype=dtype)
     p.grad[1, 1] = value
-    usable = bool(p.grad.isfinite().all())
+    # Room is left for a sum of a thousand gradients, as a momentum is.
+    usable = bool((p.grad.float().abs() <= torch.finfo(torch.float32).max / 1024).all())
     opt.step()
     assert p.isfinite().all() and q.isfinite().all()
     assert opt.state[p]["momentum_buffer"].isfinite().all()

@@ -210,6 +210,8 @@ class EF21Muon(SpectralOptimizer):
                         kept = m.place("worker_gradients").view(m.piece.blocks[0], N, *m.piece.blocks[1:])
                         for j, g in enumerate(gradients):
                             kept[:, j] = 0 if g is None else m.piece.of(-g if group["maximize"] else g)
+                        # A step with one that is not finite is skipped; nothing of it may stay.
+                        kept.nan_to_num_(0.0, 0.0, 0.0)
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
 

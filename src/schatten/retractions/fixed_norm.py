@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from schatten.maps.lifts import safe_norm
 from schatten.retractions.core import State, Stateless, lr_of
 
 
@@ -37,16 +38,17 @@ class FixedNorm(Stateless):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         size = norm(D)
         radius = torch.where(state["radius"] > 0, state["radius"], norm(W))
-        moved = W - D * (lr_of(group) * torch.where(radius > 0, ratio(radius, size), 1.0))
-        kept = moved * torch.where((radius > 0) & (size > 0), ratio(radius, norm(moved)), 1.0)
+        moved = W - torch.where(radius > 0, unit(D) * radius, D) * lr_of(group)
+        kept = torch.where((radius > 0) & (size > 0), unit(moved) * radius, moved)
         return kept, {"radius": radius}
 
 
 def norm(X: Tensor) -> Tensor:
     """Frobenius norms, (*b, m, n) -> (*b, 1, 1)."""
-    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return safe_norm(X, (-2, -1))
 
 
-def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0."""
-    return torch.where(b > 0, a / b, 0.0)
+def unit(X: Tensor) -> Tensor:
+    """X at Frobenius norm 1, and 0 where that is 0."""
+    size = norm(X)
+    return torch.where(size > 0, X / size, 0.0)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from schatten.maps.lifts import safe_norm
 from schatten.retractions.core import State, Stateless, lr_of
 
 DIMS = {"matrix": (-2, -1), "rows": (-1,)}
@@ -45,7 +46,8 @@ class UpdateFloor(Stateless):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         dim = DIMS[self.over]
         update = D * length
-        size = torch.linalg.vector_norm(update, dim=dim, keepdim=True)
-        least = lr_of(group) * self.ratio * torch.linalg.vector_norm(W, dim=dim, keepdim=True)
-        # Not size.clamp(min=...): a zero direction must not be blown up to the floor by 0 / 0.
-        return W - update * torch.where(size > 0, (least / size.clamp(min=1e-30)).clamp(min=1.0), 0.0), {}
+        size = safe_norm(update, dim)
+        least = lr_of(group) * self.ratio * safe_norm(W, dim)
+        # Divided by its size before it is made as long as the floor: the quotient of both may overflow.
+        raised = torch.where(size > 0, update / size, 0.0) * least
+        return W - torch.where(size >= least, update, raised), {}

@@ -34,6 +34,7 @@ class AdamRatio:
 
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas",)
     elementwise: ClassVar[bool] = True
+    squares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps < float("inf"):

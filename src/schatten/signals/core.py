@@ -17,6 +17,7 @@ class Signal(Protocol):
     `state` is what `init` made, stacked over parameters, and under `"step"` the number of steps of each parameter, this one
     included, as (parameters, 1, 1, 1). `hyperparameters` names the numbers read from the group. `elementwise` promises
     that every state tensor has the matrix's shape and that any rows of a matrix may be given without the others. A signal
+    that squares gradients says `squares = True`: gradients whose squares overflow are skipped. One
     that reads what one preset's `evaluate` puts into its state names that preset in `fed_by`; others refuse it.
     """
 
