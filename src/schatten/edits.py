@@ -107,10 +107,10 @@ def _check_all(
     else:
         check_numbers(group)
     for i, p in enumerate(group["params"]):
-        if p not in state and not group["step"]:
-            continue  # fresh, as a wrapper puts it there
+        if p not in state:
+            continue  # put there by a wrapper or by hand, which `follow_replaced_` decides on
         wanted = fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group, rule)
-        found = state[p] if p in state else {}
+        found = state[p]
         wrong = [key for key, t in wanted.items() if key not in found or found[key].shape != t.shape or _kind(found[key], t)]
         if wrong:
             why = f"options {changed} were changed" if changed else "parameter or its state was replaced"

@@ -136,7 +136,11 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             )
         if not p.is_floating_point():
             raise ValueError(f"Parameters must be floating point, but {name} of shape {tuple(p.shape)} is {p.dtype}.")
-        if p.layout == torch.strided and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        if (
+            p.layout == torch.strided
+            and p.numel()
+            and any(n > 1 and not step for n, step in zip(p.shape, p.stride(), strict=True))
+        ):
             raise ValueError(
                 f"{name} of shape {tuple(p.shape)} is expanded: several of its entries are one number in memory, which no step "
                 f"can move apart. Pass a contiguous copy."

@@ -111,6 +111,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
         layout: str | Layout = "auto",
         **hyperparameters: Any,
     ) -> None:
+        if adamw is not None and not isinstance(adamw, Mapping):
+            raise TypeError(f"adamw must be the options of AdamW groups, such as {{'betas': (0.9, 0.95)}}, got {adamw!r}.")
+        if not isinstance(layout, Layout):
+            Layout(layout)  # refuses what no group may have
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -127,7 +131,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if isinstance(max_batch_bytes, bool) or not isinstance(max_batch_bytes, int) or max_batch_bytes < 1:
             raise ValueError(f"max_batch_bytes must be a positive number of bytes, got {max_batch_bytes!r}.")
         if type(self).rule is SpectralOptimizer.rule:
-            known = (Rule() if rule is None else rule).hyperparameters
+            known = self.rule({"rule": rule}).hyperparameters
             if unknown := [key for key in hyperparameters if key not in known]:
                 raise TypeError(
                     f"This rule reads {', '.join(known) or 'no numbers'} besides lr and weight_decay, got {unknown}."
@@ -164,7 +168,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
-        return group.get("rule") or Rule()
+        rule = group.get("rule")
+        if rule is not None and not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a schatten.Rule, got {rule!r}.")
+        return rule or Rule()
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from schatten.routing import plan
 from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import Momentum
+from schatten.signals.core import check_switch
 from schatten.solvers import Solver, polynomial
 
 BALLS = ("spectral", "sign")
@@ -82,6 +83,8 @@ class Scion(SpectralOptimizer):
         rules: Iterable[tuple[Any, ...]] = (),
         **options: Any,
     ) -> None:
+        check_switch("constrained", constrained)
+        _check_radius("sign_radius", sign_radius)
         self._nuclear = Nuclear(polynomial() if solver is None else solver)
         rules = list(rules)
         if isinstance(params, nn.Module):
@@ -101,10 +104,14 @@ class Scion(SpectralOptimizer):
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The ball of a group, with its radius as a factor of the map: decay 1 then keeps weights inside."""
         radius = group["radius"]
-        if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 < radius < float("inf"):
-            raise ValueError(f"radius must be a number in (0, inf), got {radius!r}.")
+        _check_radius("radius", radius)
         if group["ball"] not in BALLS:
             raise ValueError(f"ball must be one of {', '.join(map(repr, BALLS))}, got {group['ball']!r}.")
         spectral = group["ball"] == "spectral"
         K = radius * (self._nuclear if spectral else L1())
         return Rule(Momentum(nesterov=False), K, Scale("mup") if spectral else PerInput(), DecoupledDecay())
+
+
+def _check_radius(name: str, radius: Any) -> None:
+    if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 < radius < float("inf"):
+        raise ValueError(f"{name} must be a number in (0, inf), got {radius!r}.")

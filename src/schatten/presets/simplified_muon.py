@@ -11,6 +11,7 @@ from schatten.retractions import Retraction, named
 from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import Gradient
+from schatten.signals.core import check_switch
 from schatten.solvers import svd
 
 
@@ -59,6 +60,7 @@ class SimplifiedMuon(SpectralOptimizer):
         decay: str | Retraction = "explicit",
         **options: Any,
     ) -> None:
+        check_switch("adaptive", adaptive)
         map = HalfNuclearSquared(solver=svd()) if adaptive else Nuclear(svd())
         super().__init__(
             params, Rule(Gradient(), map, Scale("none"), named(decay)), lr=lr, weight_decay=weight_decay, **options

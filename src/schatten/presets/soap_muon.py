@@ -14,6 +14,7 @@ from schatten.retractions import Retraction, named
 from schatten.rule import Rule
 from schatten.scales import Scale
 from schatten.signals import State
+from schatten.signals.core import check_size, check_switch
 from schatten.signals.eigenbasis import Eigenbasis, quotient
 from schatten.solvers import Solver, polynomial
 
@@ -33,8 +34,8 @@ class EqualisedMomentum:
     elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < float("inf"):
-            raise ValueError(f"eps must be finite and >= 0, got {self.eps}.")
+        check_size("eps", self.eps)
+        check_switch("nesterov", self.nesterov)
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(W), "exp_avg_sq": torch.zeros_like(W), **self.basis.init(W)}

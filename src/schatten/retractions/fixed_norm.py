@@ -39,8 +39,10 @@ class FixedNorm(Stateless):
         size = norm(D)
         radius = torch.where(state["radius"] > 0, state["radius"], norm(W))
         moved = W - torch.where(radius > 0, unit(D) * radius, D) * lr_of(group)
-        kept = torch.where((radius > 0) & (size > 0), unit(moved) * radius, moved)
-        return kept, {"radius": radius}
+        # A factor of 1 changes no bit; where it overflows, the weight is divided by its size first.
+        factor = radius / norm(moved)
+        back = torch.where(factor.isfinite(), moved * factor, unit(moved) * radius)
+        return torch.where((radius > 0) & (size > 0), back, moved), {"radius": radius}
 
 
 def norm(X: Tensor) -> Tensor:

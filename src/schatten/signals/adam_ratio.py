@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from schatten.signals.core import State
+from schatten.signals.core import State, check_size
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class AdamRatio:
     squares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < float("inf"):
-            raise ValueError(f"eps must be finite and >= 0, got {self.eps}.")
+        check_size("eps", self.eps)
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(W), "exp_avg_sq": torch.zeros_like(W)}

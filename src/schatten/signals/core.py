@@ -8,6 +8,18 @@ from torch import Tensor
 State = Mapping[str, Tensor]
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Raise ValueError for what is neither True nor False: any other value would pass for one of them in silence."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raise ValueError for what is no finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}.")
+
+
 @runtime_checkable
 class Signal(Protocol):
     """`(G, state, group) -> (S, new state)`, pure.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from schatten.signals.core import State
+from schatten.signals.core import State, check_switch
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Momentum:
     def __post_init__(self) -> None:
         if self.form not in ("ema", "sum"):
             raise ValueError(f"form must be 'ema' (an average) or 'sum', got {self.form!r}.")
+        check_switch("nesterov", self.nesterov)
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(W)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from schatten.maps.lifts import safe_norm
-from schatten.signals.core import State
+from schatten.signals.core import State, check_switch
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class VarianceReduced:
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)) or not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1] (0 is plain momentum, 1 STORM), got {self.gamma!r}.")
         object.__setattr__(self, "gamma", float(self.gamma))
+        check_switch("clip", self.clip)
+        check_switch("exact", self.exact)
 
     @property
     def fed_by(self) -> str | None:
