@@ -198,3 +198,15 @@ def test_metrics_name_parameters_that_never_had_a_gradient():
     # lr sqrt(max(1, fan_out / fan_in)), from square roots of exact powers of two: no rounding.
     assert metrics["effective_lr"]["head"] == 1.0
     assert metrics["effective_lr"]["stem"] == pytest.approx(0.5 * (4 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("algorithm", ["spectral", "adamw"])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_in_any_dtype_is_skipped(kind, algorithm, bad):
+    p = nn.Parameter(torch.ones(3, 3, dtype=kind))
+    opt = schatten.Muon([{"params": [p], "algorithm": algorithm}], lr=0.1)
+    p.grad = torch.ones_like(p)
+    p.grad[1, 2] = bad
+    opt.step()
+    assert torch.equal(p, torch.ones_like(p)) and opt.metrics()["skipped_total"] == 1
