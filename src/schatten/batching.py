@@ -41,6 +41,8 @@ def looking_is_free(p: Tensor) -> bool:
 def finite_gradient(p: Tensor, squared: bool = False) -> Tensor:
     """Whether the gradient is finite, on its device, with room for sums of a thousand such; or for their squares."""
     assert p.grad is not None
+    if not p.grad.numel():
+        return torch.ones((), dtype=torch.bool, device=p.device)
     # Widened: compared with a half-precision inf the limit would be one itself.
     low, high = (t.to(wide(p.dtype)) for t in torch.aminmax(p.grad.detach()))
     limit = (torch.finfo(wide(p.dtype)).max / 1024) ** (0.5 if squared else 1.0)

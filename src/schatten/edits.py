@@ -21,7 +21,7 @@ from schatten.groups import (
     name_of,
 )
 from schatten.rule import Rule
-from schatten.state import fresh_state
+from schatten.state import LOST, fresh_state
 
 RuleOf = Callable[[Mapping[str, Any]], Rule]
 
@@ -111,6 +111,11 @@ def _check_all(
             continue  # put there by a wrapper or by hand, which `follow_replaced_` decides on
         wanted = fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group, rule)
         found = state[p]
+        if LOST in found and LOST not in wanted:
+            raise RuntimeError(
+                f"{name_of(group, i)} keeps what rounding='kahan' took from it, and rounding is {group['rounding']!r} now: "
+                f"build the optimizer anew. No weight was changed."
+            )
         wrong = [key for key, t in wanted.items() if key not in found or found[key].shape != t.shape or _kind(found[key], t)]
         if wrong:
             why = f"options {changed} were changed" if changed else "parameter or its state was replaced"

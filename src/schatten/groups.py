@@ -78,7 +78,8 @@ def check_numbers(group: Mapping[str, Any], hyperparameters: Sequence[str] = ())
 def _number(key: str, value: Any) -> float:
     """A number that fp64 holds; inf for what is beyond it."""
     if isinstance(value, Tensor) and not value.is_complex() and value.numel() == 1:
-        return float(value)
+        # A value on a device is not looked at: a step with edited numbers would wait for it.
+        return float(value) if value.device.type == "cpu" else 0.0
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{key} must be a number, got {value!r}.")
     try:
@@ -105,7 +106,7 @@ def check_spelling(group: Mapping[str, Any], known: Collection[str]) -> None:
 
 def check_stability(group: Mapping[str, Any]) -> None:
     """Warn where explicit decay overshoots: lr lambda > 1 multiplies a weight by a negative number at every step."""
-    if group["lr"] * group["weight_decay"] > 1:
+    if _number("lr", group["lr"]) * _number("weight_decay", group["weight_decay"]) > 1:
         warnings.warn(
             f"lr * weight_decay is {float(group['lr'] * group['weight_decay']):g}: explicit decay multiplies weights by 1 "
             f"minus it, so above 1 they change sign at every step and from 2 on diverge; bounds on weights and gradients, and "

@@ -153,6 +153,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             raise ValueError("rules route a module's parameters by name: pass the module itself instead of its parameters.")
         if isinstance(params, (set, frozenset)):
             raise TypeError(UNORDERED)
+        check_numbers(defaults)
         check_numbers({**defaults, **defaults["adamw"]})
         # A lone tensor or a dict is left for torch to refuse.
         groups = params if isinstance(params, (Tensor, dict)) else list(params)

@@ -53,10 +53,10 @@ def spectral_direction(p: float, solver: Any = None) -> Map | Direction:
     check_power(p)
     if p == 0:
         return Nuclear(polynomial() if solver is None else solver)
-    if p == 1:
-        return Power(1.0, over="entries")
     if solver is not None and (isinstance(solver, type) or not isinstance(solver, FunctionSolver)):
         raise TypeError(f"solver must compute U S^{p:g} V^T, as schatten.solvers.tower() and svd() do; got {solver!r}.")
+    if p == 1:
+        return Power(1.0, over="entries")
     if p > 0:
         return Power(p, solver=tower() if solver is None else solver)
     return NegativePower(p, solver)

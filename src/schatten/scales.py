@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from schatten.maps.lifts import safe_norm
 from schatten.scale_names import own_name
 
 # The root mean square of AdamW's updates over lr, as Moonlight (arXiv 2502.16982) rounds it.
@@ -99,5 +100,5 @@ class RMS:
 
     def __call__(self, D: Tensor) -> Tensor:
         """c of directions D of shape (*b, fan_out, fan_in), as (*b, 1, 1)."""
-        size = torch.linalg.vector_norm(D, dim=(-2, -1), keepdim=True)
+        size = safe_norm(D, (-2, -1)) if D.numel() else D.new_zeros(*D.shape[:-2], 1, 1)
         return torch.where(size > 0, self.target * math.sqrt(D.shape[-2] * D.shape[-1]) / size, 0.0)

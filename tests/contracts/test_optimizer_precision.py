@@ -230,3 +230,12 @@ def test_equal_parameters_are_rounded_by_noise_of_their_own():
         p.grad = torch.zeros_like(p)
     opt.step()
     assert not torch.equal(*params)
+
+
+def test_an_lr_on_the_device_is_not_read_back_when_other_numbers_change():
+    p = nn.Parameter(torch.empty(8, 6, device="meta"))
+    opt = schatten.Muon([p], lr=torch.tensor(0.1, device="meta"))
+    p.grad = torch.empty_like(p)
+    for momentum in (0.9, 0.95):
+        opt.param_groups[0]["momentum"] = momentum
+        opt.step()

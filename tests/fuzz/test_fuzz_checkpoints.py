@@ -13,7 +13,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from tests.fuzz.invariants import Snapshot, assert_named, assert_same, fuzz, params_of, step_and_check
-from tests.fuzz.strategies import PRESETS, SMALL, Numbers, Setup, setups
+from tests.fuzz.strategies import PRESETS, SMALL, Setup, setups
+from tests.fuzz.tensors import Numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:lr . weight_decay is:UserWarning")
 

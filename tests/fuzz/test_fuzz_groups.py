@@ -13,22 +13,9 @@ from torch import nn
 import schatten
 from schatten import scales
 from tests.fuzz.invariants import Snapshot, assert_named, fuzz, params_of, same_bits, step_and_check
-from tests.fuzz.strategies import (
-    ANY_LAYOUT,
-    DTYPES,
-    ILLEGAL,
-    LEGAL,
-    ORDINARY,
-    SMALL,
-    Group,
-    Numbers,
-    Setup,
-    fitting,
-    made,
-    numbers,
-    setups,
-    shapes,
-)
+from tests.fuzz.options import ILLEGAL, LEGAL, made
+from tests.fuzz.strategies import ANY_LAYOUT, SMALL, Group, Setup, fitting, setups, shapes
+from tests.fuzz.tensors import DTYPES, ORDINARY, Numbers, numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:lr . weight_decay is:UserWarning")
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from schatten import Layout
 from schatten.layout import Piece, pieces, resolve
 from tests.fuzz.invariants import assert_named, fuzz, refusal
-from tests.fuzz.strategies import ANY_LAYOUT, STRIDES, Read, fitting, laid_out, shapes
+from tests.fuzz.strategies import ANY_LAYOUT, Read, fitting, shapes
+from tests.fuzz.tensors import STRIDES, laid_out
 
 NAME = "'blocks.0.w'"
 

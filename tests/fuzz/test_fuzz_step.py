@@ -9,21 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.fuzz.invariants import CASES, Snapshot, assert_same, fuzz, refusal, step_and_check
-from tests.fuzz.strategies import (
-    DTYPES,
-    ILLEGAL,
-    REFUSED_DTYPES,
-    SMALL,
-    Numbers,
-    Setup,
-    accepted,
-    gradients,
-    made,
-    numbers,
-    optimizer,
-    setups,
-    shapes,
-)
+from tests.fuzz.options import ILLEGAL, accepted, made, optimizer
+from tests.fuzz.strategies import SMALL, Setup, gradients, setups, shapes
+from tests.fuzz.tensors import DTYPES, REFUSED_DTYPES, Numbers, numbers
 
 # Defaults of lr and a drawn decay may together be unstable, of which users are warned; three steps of it stay finite.
 pytestmark = pytest.mark.filterwarnings("ignore:lr . weight_decay is:UserWarning")

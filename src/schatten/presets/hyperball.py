@@ -69,7 +69,7 @@ class Hyperball(SpectralOptimizer):
         """`SpectralOptimizer.add_param_group`, refusing weight decay of matrices, which nothing would use."""
         if isinstance(param_group, dict) and param_group.get("algorithm", "spectral") == "spectral":
             decay = param_group.get("weight_decay", self.defaults["weight_decay"])
-            if decay != 0:
+            if (isinstance(decay, Tensor) and decay.numel() != 1) or decay != 0:
                 raise ValueError(
                     f"weight_decay must be 0 for matrices, whose norm Hyperball fixes, got {decay}: leave it out, or give it "
                     f"to AdamW groups alone."

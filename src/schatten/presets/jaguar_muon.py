@@ -113,6 +113,11 @@ class JaguarMuon(SpectralOptimizer):
                 "JaguarMuon estimates gradients from the loss: pass step() a closure that returns the loss of this step's "
                 "batch; it is called twice, without gradients. No weight was changed."
             )
+        if any(group["algorithm"] == "adamw" for group in self.param_groups):
+            raise RuntimeError(
+                "JaguarMuon estimates gradients for its own rule alone, and a group has algorithm='adamw': put its parameters "
+                "into a spectral group with layout='flat'. No weight was changed."
+            )
         members = [(group, p) for group in self.param_groups for p in group["params"]]
         kept = [p.detach().clone() for _, p in members]
         moves = [self._draw_block(p, group, index) for index, (group, p) in enumerate(members)]

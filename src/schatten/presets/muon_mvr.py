@@ -164,6 +164,7 @@ class MuonMVR(SpectralOptimizer):
                     # A gradient that was not finite there skips the step as one here does; `p.grad` is replaced, not written.
                     finite = self.state[p]["previous_gradient"].sum().isfinite()
                     p.grad = torch.where(finite, p.grad, torch.nan)
+                    self.state[p]["previous_gradient"].nan_to_num_(0.0, 0.0, 0.0)
         self._evaluated = False
         for group in self.param_groups:
             for p in group["params"]:

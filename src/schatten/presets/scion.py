@@ -83,6 +83,8 @@ class Scion(SpectralOptimizer):
         rules: Iterable[tuple[Any, ...]] = (),
         **options: Any,
     ) -> None:
+        if "weight_decay" in options:
+            raise ValueError("weight_decay is part of Scion's balls: leave it out, and set radius or constrained=False.")
         check_switch("constrained", constrained)
         _check_radius("sign_radius", sign_radius)
         self._nuclear = Nuclear(polynomial() if solver is None else solver)

@@ -66,9 +66,10 @@ class CompositeStep(Stateless):
         X, M = W.double(), D.double()
         radius = torch.as_tensor(length, dtype=X.dtype, device=X.device)
         # lr = 0 leaves the weight, and must not be divided by.
-        radius = torch.where(radius > 0, radius, 1e-300)
+        some = radius > 0
+        radius = torch.where(some, radius, 1.0)
         step = self._project(-M / decay - X, radius) if self.penalty is None else self._split(X, M, radius, decay)
-        return W + step.to(W.dtype), {}
+        return torch.where(some, W + step.to(W.dtype), W), {}
 
     def _project(self, Z: Tensor, radius: Tensor) -> Tensor:
         """The nearest point of the ball, by Moreau from the norm's proximal map."""
