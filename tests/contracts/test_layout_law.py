@@ -203,3 +203,29 @@ def test_state_that_has_the_parameters_shape_by_accident_is_not_taken_for_it(lay
             opt.step()
         weights.append(p.detach())
     torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("products", "bound"), [("float32", 1e-3), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("layout", [Layout(split=3), Layout(heads=4, axis="fan_in")], ids=str)
+def test_in_fp32_a_layout_is_its_blocks_up_to_batching_noise(layout, products, bound):
+    # Other strides and another size of batch order sums differently: an ulp of the products, 6e-8 or 4e-3, which ten products
+    # of an iteration and the slope at small singular values enlarge. A misread block is off by as much as the update.
+    W = torch.randn(384, 128)
+    solver = solvers.polynomial(dtype=products)
+    places = twin(layout, W)
+    whole, parts = nn.Parameter(W.clone()), [nn.Parameter(taken(W, at).clone()) for at in places]
+    a = schatten.Muon([{"params": [whole], "layout": layout}], lr=0.01, solver=solver)
+    b = schatten.Muon(parts, lr=0.01, solver=solver)
+    worst = 0.0
+    for _ in range(3):
+        before = whole.detach().clone()
+        G = torch.randn_like(W)
+        whole.grad = G
+        for p, at in zip(parts, places, strict=True):
+            p.grad = taken(G, at)
+        a.step()
+        b.step()
+        off = max(float((taken(whole.detach(), at) - p.detach()).abs().max()) for p, at in zip(parts, places, strict=True))
+        worst = max(worst, off / float((whole.detach() - before).abs().max()))
+    print(f"{layout}, {products} products: off by {worst:.1e} of the largest change")
+    assert worst <= bound
