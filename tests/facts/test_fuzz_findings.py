@@ -97,3 +97,17 @@ def test_an_empty_axis_is_cut_into_empty_blocks(shape):
     for axis in ("fan_out", "fan_in"):
         (piece,) = schatten.layout.pieces(schatten.Layout(heads=2, axis=axis), shape)
         assert piece.of(torch.zeros(shape)).shape == piece.blocks
+
+
+def test_soap_without_memory_follows_a_gradient_that_becomes_tiny():
+    p = matrix(2, 3)
+    opt = schatten.KLSOAP([p], betas=(0.0, 0.0), shampoo_beta=0.0)
+    for size in (1.0, 1e-30):
+        p.grad = torch.randn(2, 3) * size
+        opt.step()
+        assert p.isfinite().all() and all(t.isfinite().all() for t in opt.state[p].values())
+
+
+def test_a_shampoo_beta_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="shampoo_beta must lie in"):
+        schatten.SOAPMuon([matrix()], shampoo_beta="x")

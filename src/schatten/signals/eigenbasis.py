@@ -82,7 +82,7 @@ class Eigenbasis:
     def __post_init__(self) -> None:
         if self.statistics not in ("gram", "kl"):
             raise ValueError(f"statistics must be 'gram' (Shampoo's) or 'kl' (KL-Shampoo's), got {self.statistics!r}.")
-        if not 0 <= self.beta < 1:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:
             raise ValueError(f"shampoo_beta must lie in [0, 1), got {self.beta!r}.")
         if isinstance(self.max_dim, bool) or not isinstance(self.max_dim, int) or self.max_dim < 0:
             raise ValueError(f"max_dim must be a number of rows or columns >= 0, got {self.max_dim!r}.")
@@ -99,9 +99,11 @@ class Eigenbasis:
     def __call__(self, G: Tensor, state: State, group: Mapping[str, Any], memory: float) -> tuple[Turn, dict[str, Tensor]]:
         """The bases that know G, and the new state. `memory` is the slowest decay of what is kept in their unit."""
         old = state["unit"]
-        unit = torch.maximum(old * max(memory, self.beta**0.5), G.abs().amax((-2, -1), keepdim=True))
+        keep = max(memory, self.beta**0.5)
+        unit = torch.maximum(old * keep, G.abs().amax((-2, -1), keepdim=True))
         divisor = torch.where(unit > 0, unit, 1.0)
-        shrink = (old / divisor).square()
+        # At most 1 / keep^2; where nothing is kept, a new unit far below the old one would make it 0 times inf.
+        shrink = (old / divisor).square() if keep > 0 else torch.zeros_like(old)
         G = G / divisor
         step = state["step"]
         sides = ("left", "right")
