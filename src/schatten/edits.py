@@ -116,18 +116,15 @@ def _check_all(
                 f"{name_of(group, i)} keeps what rounding='kahan' took from it, and rounding is {group['rounding']!r} now: "
                 f"build the optimizer anew. No weight was changed."
             )
-        wrong = [key for key, t in wanted.items() if key not in found or found[key].shape != t.shape or _kind(found[key], t)]
+        wrong = [
+            key for key, t in wanted.items() if key not in found or found[key].shape != t.shape or found[key].dtype != t.dtype
+        ]
         if wrong:
             why = f"options {changed} were changed" if changed else "parameter or its state was replaced"
             raise RuntimeError(
                 f"{name_of(group, i)} of shape {tuple(p.shape)} has no fitting state for {wrong} since its group's {why}: "
                 f"build the optimizer anew for the new params or options. No weight was changed."
             )
-
-
-def _kind(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of state are kept in different dtypes."""
-    return a.dtype != b.dtype
 
 
 def _is_number(value: Any) -> bool:

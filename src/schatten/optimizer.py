@@ -146,6 +146,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self.plan = None
         self._recorder = metrics.Recorder()
         self._seen: list[edits.Seen] = []
+        self._looked_at = -1
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules, others=self.others, strict=strict)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
@@ -164,8 +165,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.plan = Plan.of_groups(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder, "_seen": []}
-        return {**super().__getstate__(), **own}
+        own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
+        return {**super().__getstate__(), **own, "_seen": [], "_looked_at": -1}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a spectral group. A preset overrides this to build it from the group's own options."""
@@ -296,6 +297,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_now_(self, g: int, index: int, p: Tensor) -> None:
         group = self.param_groups[g]
+        if self._looked_at != self._step_number():  # the first of this backward
+            self._check_edits()
+            self._looked_at = self._step_number()
         _refuse_gradient(p, f"the parameter number {index}")
         self._recorder.begin(group["step"] + 1)
         self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room())

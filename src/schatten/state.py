@@ -84,10 +84,11 @@ def _of_rule(p: Tensor, own: Sequence[Piece], rule: Rule, state_dtype: str | Non
                 scales = (*piece.blocks[:2], blocks_of(piece.blocks[2]))
                 state[key + SCALES + suffix] = _own_form(torch.zeros(scales, device=p.device), p)
         state[key] = kept
-    if state_dtype is not None and not {key.split(".")[0] for key in state} & set(AVERAGES):
+    # One that a simulated worker keeps for itself is of another shape, and stays long.
+    if state_dtype is not None and not set(AVERAGES) & {key for key, t in state.items() if t.shape == p.shape}:
         raise ValueError(
-            f"state_dtype={state_dtype!r} shortens running averages ({', '.join(AVERAGES)}), of which this rule keeps none: "
-            f"it has {sorted(state) or 'no state'}. Leave state_dtype out."
+            f"state_dtype={state_dtype!r} shortens running averages ({', '.join(AVERAGES)}), of which this rule keeps none in "
+            f"the parameter's shape: it has {sorted(state) or 'no state'}. Leave state_dtype out."
         )
     return state
 

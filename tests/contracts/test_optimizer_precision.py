@@ -239,3 +239,10 @@ def test_an_lr_on_the_device_is_not_read_back_when_other_numbers_change():
     for momentum in (0.9, 0.95):
         opt.param_groups[0]["momentum"] = momentum
         opt.step()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 4, 4)])
+def test_averages_of_simulated_workers_refuse_to_be_shortened_in_silence(shape):
+    group = {"params": [nn.Parameter(torch.zeros(shape))], "layout": "matrix" if len(shape) == 2 else "experts"}
+    with pytest.raises(ValueError, match=r"state_dtype='int8' .* keeps none in the parameter's shape"):
+        schatten.EF21Muon([group], workers=2, state_dtype="int8")

@@ -124,3 +124,16 @@ def test_a_rule_that_counts_steps_on_the_host_counts_the_same():
         plain.step()
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8)
+
+
+def test_what_was_written_into_groups_is_looked_at_before_the_first_weight_changes_in_backward():
+    net = model()
+    opt = schatten.Muon(net, **OPTIONS)
+    with opt.step_in_backward():
+        net(torch.randn(4, 6, dtype=torch.float64)).square().mean().backward()
+        opt.step()
+        before = [p.detach().clone() for p in net.parameters()]
+        opt.param_groups[0]["lr"] = -1.0
+        with pytest.raises(ValueError, match="lr must be finite and >= 0"):
+            net(torch.randn(4, 6, dtype=torch.float64)).square().mean().backward()
+    assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before, strict=True))

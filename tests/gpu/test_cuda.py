@@ -58,13 +58,15 @@ def test_a_scaler_on_the_device_skips_an_overflow_without_a_wait():
 
 
 def test_a_step_does_not_synchronise():
-    opt, _ = setup("cuda", lr=0.01)
+    opt, params = setup("cuda", lr=0.01)
     opt.step()
+    before = [p.detach().clone() for p in params]
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(not torch.equal(p, w) for p, w in zip(params, before, strict=True))
 
 
 def test_a_step_is_that_of_the_cpu():
