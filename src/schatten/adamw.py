@@ -19,14 +19,15 @@ def adamw_step_(m: Member, group: Mapping[str, Any], found_inf: Tensor | None, s
     Half-precision parameters are stepped in fp32, their averages kept in fp32 (in bf16 an average with beta2 = 0.999
     never moves), and stored with the group's rounding. One call per parameter, because torch's fused step takes one
     `found_inf` for all tensors of a call: a bad gradient must not stop the others, and looking at it here would make
-    the device wait. `found_inf` and `scale` are a GradScaler's; gradients are divided by the latter, in a copy.
+    the device wait; a member's flag, on which ranks have agreed, decides where there is one. `found_inf` and `scale` are
+    a GradScaler's; gradients are divided by the latter, in a copy.
     """
     p, state = m.p, m.state
     grad = p.grad
     assert grad is not None
     dtype = state["exp_avg"].dtype
     # One square beyond the range would stop its entry for good.
-    bad = ~finite_gradient(p, squared=True)
+    bad = ~finite_gradient(p, squared=True) if m.finite is None else ~m.finite
     skip = (bad if found_inf is None else bad | (found_inf.to(bad.device) != 0)).float()
     if scale is not None:
         grad = grad.to(dtype) / scale.to(dtype)

@@ -8,6 +8,7 @@ large matrix is cut into parts by rows.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ STATE_BYTES = 12
 # Entries of a part on a CPU (2 MiB in fp32), so that an operation finds in the cache what the one before it wrote. On
 # other devices a part is the whole batch, which saves launches.
 MAX_CPU_PART_ENTRIES = 1 << 19
+
+
+T = TypeVar("T")
 
 
 def looking_is_free(p: Tensor) -> bool:
@@ -82,21 +86,28 @@ def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Me
         alike[member.piece.blocks, member.p.dtype, member.p.device].append(member)
     for same in alike.values():
         p, entries = same[0].p, _entries(same[0])
-        # A CPU gives each thread whole matrices: three on two threads take as long as four.
-        threads = torch.get_num_threads() if looking_is_free(p) else 1
         kept = sum(t.numel() for key, t in same[0].state.items() if key not in COUNTERS) / max(1, p.numel())
-        entry_bytes = BYTES_PER_ENTRY + STATE_BYTES * max(0.0, kept - 1)
-        yield from _pieces(same, entries, int(max_batch_bytes * 4 / (entry_bytes * wide(p.dtype).itemsize)), threads)
+        yield from in_batches(same, entries, kept, wide(p.dtype), p.device, max_batch_bytes)
+
+
+def in_batches(
+    same: list[T], entries: int, kept: float, dtype: torch.dtype, device: torch.device, max_batch_bytes: int
+) -> list[list[T]]:
+    """Equal blocks of `entries` each, with `kept` numbers of state for each entry, as many together as the bytes allow."""
+    # A CPU gives each thread whole matrices: three on two threads take as long as four.
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    entry_bytes = BYTES_PER_ENTRY + STATE_BYTES * max(0.0, kept - 1)
+    return _pieces(same, entries, int(max_batch_bytes * 4 / (entry_bytes * dtype.itemsize)), threads)
 
 
 def _entries(member: Member) -> int:
     return math.prod(member.piece.blocks)
 
 
-def _pieces(members: list[Member], entries: int, limit: int, multiple: int = 1) -> list[list[Member]]:
+def _pieces(items: list[T], entries: int, limit: int, multiple: int = 1) -> list[list[T]]:
     size = max(1, limit // max(1, entries))
     size = max(1, size // multiple * multiple)
-    return [members[start : start + size] for start in range(0, len(members), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def parts(whole: "Part", by_rows: bool) -> list["Part"]:
@@ -210,10 +221,10 @@ class Part:
                 target = m.place(name)
                 if target.dtype == torch.int8:
                     value, scales = encode(value, m.seed(name))
-                    _keep_(m.place(name + SCALES), scales, m.finite)
+                    keep_(m.place(name + SCALES), scales, m.finite)
                 elif target.dtype == torch.bfloat16:
                     value = stochastic_bf16(value, m.seed(name))
-                _keep_(target, value, m.finite)
+                keep_(target, value, m.finite)
 
     def keep_weights_(self, new: Tensor, rounding: str) -> None:
         for m, W in zip(self.members, new, strict=True):
@@ -229,16 +240,17 @@ class Part:
                 continue
             rounded, missed = torch.empty_like(target), None if lost is None else torch.empty_like(lost)
             store_(rounded, W, rounding, seed, missed)
-            _keep_(target, rounded, m.finite)
+            keep_(target, rounded, m.finite)
             if lost is not None and missed is not None:
-                _keep_(lost, missed, m.finite)
+                keep_(lost, missed, m.finite)
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:
     return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
 
 
-def _keep_(place: Tensor, value: Tensor, finite: Tensor | None) -> None:
+def keep_(place: Tensor, value: Tensor, finite: Tensor | None) -> None:
+    """Write `value` into `place` where a flag on the device says so, and in any case if there is none."""
     value = value.reshape(place.shape)
     place.copy_(value if finite is None else torch.where(finite, value, place))
 

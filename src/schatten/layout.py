@@ -117,7 +117,7 @@ class Piece:
 
     def view(self, t: Tensor) -> Tensor:
         """A view of `t`, of the parameter's shape, whose dimensions are those of blocks, rows and columns in turn."""
-        t, lead = _rows_and_columns(t, self.layout)
+        t, lead = rows_and_columns(t, self.layout)
         if self.plain:
             return t
         at = lead + AXES.index(self.layout.axis)
@@ -207,7 +207,7 @@ def _resolved(layout: str | Layout, shape: tuple[int, ...], name: str) -> Layout
     return layout
 
 
-def _rows_and_columns(t: Tensor, layout: Layout) -> tuple[Tensor, int]:
+def rows_and_columns(t: Tensor, layout: Layout) -> tuple[Tensor, int]:
     """A view of `t` with dimensions (*lead, fan_out, fan_in, *kernel), and the number of leading ones."""
     match layout.kind:
         case "flat":

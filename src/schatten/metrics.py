@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from schatten.batching import Part
 from schatten.layout import pieces
 from schatten.maps import Nuclear
 from schatten.retractions import DecoupledDecay
@@ -57,14 +56,17 @@ class Recorder:
         assert p.grad is not None
         self.gradients[number] = torch.linalg.vector_norm(p.grad, dtype=wide(p.dtype))
 
-    def direction(self, part: Part, D: Tensor, length: float | Tensor, rule: Rule) -> None:
-        """The norm of each update lr c D, and how far D (members, blocks, m, n) is from orthogonal where it should be."""
+    def direction(self, of: Sequence[tuple[int, str]], D: Tensor, length: float | Tensor, rule: Rule) -> None:
+        """The norm of each update lr c D, and how far D (members, blocks, m, n) is from orthogonal where it should be.
+
+        `of` are the numbers of the members' parameters and the suffixes of their pieces.
+        """
         squares = (torch.linalg.vector_norm(D, dim=(-2, -1), keepdim=True) * length).square().sum((1, 2, 3))
-        for m, square in zip(part.members, squares, strict=True):
-            self.updates[m.number].append(square)
+        for (number, _), square in zip(of, squares, strict=True):
+            self.updates[number].append(square)
         if isinstance(rule.map, Nuclear):
-            for m, error in zip(part.members, orthogonality_error(D).amax(-1), strict=True):
-                self.errors[m.number, m.suffix] = error
+            for key, error in zip(of, orthogonality_error(D).amax(-1), strict=True):
+                self.errors[key] = torch.maximum(error, self.errors.get(key, error))
 
     def change(self, number: int, before: Tensor, after: Tensor, decay: float | Tensor) -> None:
         """The square of an AdamW update, the decay lr lambda W taken out."""

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.parallel import DistributedDataParallel
 
 from schatten import checkpoint, converters, edits, metrics
 from schatten.adamw import adamw_step_
-from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted, parts, places
+from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted
 from schatten.groups import (
     ADAMW_DEFAULTS,
     UNORDERED,
@@ -30,6 +32,7 @@ from schatten.groups import (
     unpack,
 )
 from schatten.layout import Layout, Piece, pieces
+from schatten.placements import Context, Ranks
 from schatten.retractions import decays_explicitly
 from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
@@ -37,6 +40,7 @@ from schatten.routing.sharding import refuse_flat
 from schatten.rule import Rule
 from schatten.self_test import Report, self_test
 from schatten.state import Member, follow_device_, fresh_state, suffixes, wide
+from schatten.stepping import retract_, signals_
 
 
 class SpectralOptimizer(torch.optim.Optimizer):
@@ -62,6 +66,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         strict: refuse a module with parameters of two or more dimensions whose kind is not known; False trains them by AdamW.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
             at least. Less saves memory, more saves nothing from some 100 MiB on.
+        placement: where directions are computed if several ranks hold a parameter, found from the parameters by default:
+            `"local"` on every rank; `"owners"` each on one, of those of `process_group`, which then hears of it from there
+            (default for a DistributedDataParallel module); `"zero1"` so, and state is divided among the ranks. DTensors
+            (FSDP2, HSDP, tensor parallel) always have owners (docs/distributed.md).
+        process_group: the ranks that hold all parameters, for `"owners"` and `"zero1"`; default that of the module, or all.
         layout: how spectral groups that do not say so read their tensors as matrices: a kind's name or a `Layout`.
         hyperparameters: the numbers the rule reads, such as `momentum=0.95` or `betas=(0.9, 0.99)`.
 
@@ -109,6 +118,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         adamw: Mapping[str, Any] | None = None,
         max_batch_bytes: int = MAX_BATCH_BYTES,
         layout: str | Layout = "auto",
+        placement: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
         **hyperparameters: Any,
     ) -> None:
         if adamw is not None and not isinstance(adamw, Mapping):
@@ -147,6 +158,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._recorder = metrics.Recorder()
         self._seen: list[edits.Seen] = []
         self._looked_at = -1
+        if isinstance(params, DistributedDataParallel) and placement is None:
+            placement = "owners"
+        if isinstance(params, DistributedDataParallel) and placement != "local" and process_group is None:
+            process_group = params.process_group
+        self._ranks = Ranks(placement, process_group)
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules, others=self.others, strict=strict)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
@@ -166,6 +182,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
+        own["_ranks"] = Ranks(self._ranks.placement, None) if self._ranks.placement == "local" else Ranks(None, None)
         return {**super().__getstate__(), **own, "_seen": [], "_looked_at": -1}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
@@ -238,7 +255,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"A parameter may be in one group, but {name_of(group, i)} is {owned[p]} of another group.")
 
     def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        return fresh_state(p, group, self.rule(group) if group["algorithm"] == "spectral" else None)
+        spectral = group["algorithm"] == "spectral"
+        rule = self.rule(group) if spectral else None
+        return self._ranks.fresh(p, lambda whole: fresh_state(whole, group, rule), spectral)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -252,19 +271,24 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
-        self._check_edits()
-        self._follow_replaced()
-        loss = self.evaluate(closure)
-        self._refuse_unusable_gradients()
-        room, index = Room(), 0
+        checks = [self._check_edits, self._follow_replaced, self._find_ranks]
+        if closure is not None:
+            # Ranks that evaluate while another has refused would wait for it.
+            self._decided(checks)
+            checks = []
+        loss: list[Any] = []
+        decided = self._decided([*checks, lambda: loss.append(self.evaluate(closure)), self._refuse_unusable_gradients])
+        room, index, shared = Room(), 0, self._ranks.numbers
         self._recorder.begin(self._step_number() + 1)
         for group in self.param_groups:
             group["step"] += 1
-            indexed = list(enumerate(group["params"], index))
-            index += len(indexed)
+            indexed = [(i, p) for i, p in enumerate(group["params"], index) if i not in shared]
+            index += len(group["params"])
             self._step_parameters_(indexed, group, room)
+        if shared:
+            self._step_on_ranks_(decided)
         self._recorder.end()
-        return loss
+        return loss[0]
 
     def step_in_backward(self) -> ExitStack:
         """Step each parameter as soon as `backward` has its gradient, and free that: gradients of one parameter at a time.
@@ -315,6 +339,31 @@ class SpectralOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
+    def _decided(self, checks: Sequence[Callable[[], Any]]) -> dict[int, tuple[bool, Tensor | None]]:
+        """What ranks decide together once all `checks` have passed on each; see `Ranks.agree`. An error is raised on all."""
+        failure = None
+        try:
+            for check in checks:
+                check()
+        except Exception as error:
+            failure = error
+        squares = [
+            group["algorithm"] == "adamw" or getattr(self.rule(group).signal, "squares", False)
+            for group in (self.param_groups if self._ranks.crews and failure is None else ())
+        ]
+        return self._ranks.agree(self.param_groups, squares, failure, getattr(self, "found_inf", None))
+
+    def _find_ranks(self) -> None:
+        seen = [(seen.options, seen.forms) for seen in self._seen]
+        self._ranks.look(self.param_groups, self.state, self.rule, seen, self.max_batch_bytes)
+
+    def _step_on_ranks_(self, decided: Mapping[int, tuple[bool, Tensor | None]]) -> None:
+        """Step the parameters that several ranks hold."""
+        rules = [self.rule(group) if group["algorithm"] == "spectral" else Rule() for group in self.param_groups]
+        scale, recorder = getattr(self, "grad_scale", None), self._recorder if self._recorder.open else None
+        context = Context(self.param_groups, rules, scale, recorder)
+        self._ranks.step_(decided, self.state, context, getattr(self, "found_inf", None))
+
     def _check_edits(self) -> None:
         """Refuse groups that were made unusable since the last step; nothing has changed then."""
         if len(self._seen) != len(self.param_groups):
@@ -364,27 +413,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _spectral_step_(self, whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None) -> None:
         """Step equal blocks: signal and retraction part by part, the map on all of them at once."""
-        own = parts(whole, rule.signal.elementwise and rule.retraction.elementwise)
-        S = None
-        for part, at in places(own):
-            signal, new_state = rule.signal(part.gradients(group["maximize"], scale), part.state(), group)
-            part.keep_state_(new_state)
-            if len(own) == 1:
-                S = signal
-            else:
-                S = room.like(signal, (len(whole), *whole.blocks)) if S is None else S
-                part.of(S[at]).copy_(signal)
-        assert S is not None
+        S = signals_(whole, rule, group, room, scale)
         D, new_state = rule.direction(S, whole.state(), group)
         whole.keep_state_(new_state)
         length = lr_of(group) * rule.scale(D)
         if self._recorder.open:
-            self._recorder.direction(whole, D, length, rule)
-        for part, at in places(own):
-            at_length = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
-            W, new_state = rule.retraction(part.weights(), part.of(D[at]), at_length, part.state(), group)
-            part.keep_state_(new_state)
-            part.keep_weights_(W, group["rounding"])
+            self._recorder.direction([(m.number, m.suffix) for m in whole.members], D, length, rule)
+        retract_(whole, D, length, rule, group)
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
 

@@ -96,13 +96,14 @@ def _of_rule(p: Tensor, own: Sequence[Piece], rule: Rule, state_dtype: str | Non
 def _own_form(value: Tensor, p: Tensor) -> Tensor:
     """A tensor (blocks, ...) without a single block's dimension; one more where it would then have the parameter's shape."""
     kept = value[0] if value.shape[0] == 1 else value
-    return kept.unsqueeze(0) if _as_shape(kept, p) else kept
+    return kept.unsqueeze(0) if leading(kept.shape, p.shape) is not None else kept
 
 
-def _as_shape(t: Tensor, p: Tensor) -> bool:
-    """Whether `t` has the parameter's shape after any number of dimensions of size 1."""
-    lead = t.ndim - p.ndim
-    return lead >= 0 and t.shape[lead:] == p.shape and all(n == 1 for n in t.shape[:lead])
+def leading(own: Sequence[int], shape: Sequence[int]) -> int | None:
+    """How many dimensions of size 1 stand before a parameter's `shape` in a state's `own`; None if it is no such shape."""
+    lead = len(own) - len(shape)
+    found = lead >= 0 and tuple(own[lead:]) == tuple(shape) and all(n == 1 for n in own[:lead])
+    return lead if found else None
 
 
 class Member(NamedTuple):
@@ -133,7 +134,7 @@ class Member(NamedTuple):
             return self.piece.of(t)
         if t.ndim == 0:
             return t.view(1, 1, 1)
-        if _as_shape(t, self.p):
+        if leading(t.shape, self.p.shape) is not None:
             t = t[0]
         return t.unsqueeze(0) if self.piece.blocks[0] == 1 else t
 

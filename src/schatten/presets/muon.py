@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from schatten.batching import MAX_BATCH_BYTES
@@ -82,6 +83,8 @@ class Muon(SpectralOptimizer):
         rules: Sequence[tuple[Any, ...]] = (),
         strict: bool = True,
         max_batch_bytes: int = MAX_BATCH_BYTES,
+        placement: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -100,6 +103,8 @@ class Muon(SpectralOptimizer):
             rules=rules,
             strict=strict,
             max_batch_bytes=max_batch_bytes,
+            placement=placement,
+            process_group=process_group,
         )
 
     def rule(self, group: Mapping[str, Any]) -> Rule:

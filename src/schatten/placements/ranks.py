@@ -1,0 +1,360 @@
+"""Ranks: which process groups the parameters of an optimizer lie on, and what their ranks decide together in a step.
+
+The placement is found from the parameters: a DTensor lies on its mesh, a plain tensor on this process alone unless
+`placement` and a process group say that all ranks of that group hold it.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from schatten.adamw import adamw_step_
+from schatten.batching import Part, Room, finite_gradient, looking_is_free
+from schatten.layout import pieces
+from schatten.maps import L1
+from schatten.placements.agreement import agree, host_group, new_group
+from schatten.placements.cost import block_flops
+from schatten.placements.flight import Context
+from schatten.placements.local import Local, plain, plain_parameter, shard_number, weight_members
+from schatten.placements.regions import Arrangement, arrangement, everywhere
+from schatten.placements.schedule import Traveller
+from schatten.placements.states import arranged, like_parameter, sharded
+from schatten.placements.team import Team
+from schatten.retractions.core import lr_of
+from schatten.rule import Rule
+from schatten.scales import Scale
+from schatten.state import Member as batching_member
+from schatten.state import suffixes, wide
+from schatten.stepping import retract_, signals_
+
+PLACEMENTS = ("local", "owners", "zero1")
+
+# Work on an entry beside the products, in floating point operations: it decides where a rule has none.
+ENTRY_FLOPS = 50
+
+
+@dataclass
+class Member:
+    """One parameter on a group of ranks: its group and number in the optimizer, how it lies on them, and what a spectral rule
+    needs to know of it.
+    """
+
+    group: int
+    number: int
+    p: Tensor
+    weights: Arrangement
+    traveller: Traveller | None
+    travels: bool
+
+
+@dataclass
+class Crew:
+    """The ranks of one process group, what they have in common, and the team of those parameters that travel."""
+
+    group: dist.ProcessGroup
+    host: dist.ProcessGroup
+    members: list[Member] = field(default_factory=list)
+    team: Team | None = None
+    identity: int = 0
+
+
+class Ranks:
+    """The crews of an optimizer. `placement` and `process_group` are the optimizer's options."""
+
+    def __init__(self, placement: str | None, process_group: dist.ProcessGroup | None) -> None:
+        if placement is not None and placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))} or None, got {placement!r}.")
+        shares = placement in ("owners", "zero1")
+        if shares and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                f"placement={placement!r} shares the work of a step among the ranks of a process group, but none was started: "
+                f"call torch.distributed.init_process_group first, or leave placement out."
+            )
+        if process_group is not None and not shares:
+            raise ValueError(
+                f"process_group names the ranks that share a step, which placement={placement!r} does not: pass "
+                f"placement='owners' or 'zero1' with it."
+            )
+        self.placement, self.process_group = placement, process_group
+        self.crews: list[Crew] = []
+        self.seen: Any = None
+        self._groups: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def fresh(self, p: Tensor, make: Callable[[Tensor], dict[str, Tensor]], spectral: bool) -> dict[str, Tensor]:
+        """The state that `make` gives for a whole parameter, as it lies on the ranks of `p`."""
+        if isinstance(p, DTensor):
+            arrangement(p)  # refuses what cannot be stepped
+            return arranged(make(like_parameter(p)), p.shape, p)
+        state = make(p)
+        if self.placement == "zero1" and spectral:
+            return sharded(state, p.shape, self._own_mesh(p))
+        return state
+
+    def _own_mesh(self, p: Tensor) -> DeviceMesh:
+        return _mesh(self._plain_group(), p.device.type)
+
+    def _plain_group(self) -> dist.ProcessGroup:
+        group = self.process_group if self.process_group is not None else dist.group.WORLD
+        assert group is not None
+        return group
+
+    # -- who lies where --------------------------------------------------------------------------------------------------
+
+    def look(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        rule_of: Callable[[Mapping[str, Any]], Rule],
+        seen: Any,
+        max_bytes: int,
+    ) -> None:
+        """Find the crews anew if `seen`, what the groups were when they were last checked, has changed.
+
+        All ranks of a group must come here together, as new process groups are made for meshes of several dimensions.
+        """
+        if self.seen is not None and self.seen == seen:
+            return
+        crews: dict[tuple[int, ...], Crew] = {}
+        number = 0
+        for g, group in enumerate(groups):
+            for p in group["params"]:
+                if p.numel() and (found := self._lies(p)) is not None:
+                    ranks, weights, averages = found
+                    if ranks not in crews:
+                        crews[ranks] = Crew(*self._group_of(ranks, p))
+                    t, travels = None, False
+                    if group["algorithm"] == "spectral":
+                        rule = rule_of(group)
+                        t = _traveller(g, number, p, group, state[p], rule, weights, averages)
+                        travels = not (isinstance(p, DTensor) and _entrywise(rule, group, p))
+                    crews[ranks].members.append(Member(g, number, p, weights, t, travels))
+                number += 1
+        for crew in crews.values():
+            travellers = [m.traveller for m in crew.members if m.travels and m.traveller is not None]
+            if travellers:
+                mesh_type = _device_type(next(m.p for m in crew.members if m.travels))
+                crew.team = Team(crew.group, travellers, torch.device(mesh_type), max_bytes)
+            names = [(m.group, m.number, tuple(m.p.shape)) for m in crew.members]
+            crew.identity = zlib.crc32(repr(names).encode()) ^ (crew.team.fingerprint() if crew.team else 0)
+        self.crews, self.seen = list(crews.values()), seen
+
+    def _lies(self, p: Tensor) -> tuple[tuple[int, ...], Arrangement, Arrangement] | None:
+        if isinstance(p, DTensor):
+            on = arrangement(p)
+            return tuple(sorted(p.device_mesh.mesh.flatten().tolist())), on, on
+        if self.placement in (None, "local"):
+            return None
+        ranks = dist.get_process_group_ranks(self._plain_group())
+        on = everywhere(len(ranks))
+        return tuple(ranks), on, on if self.placement == "owners" else Arrangement(on.mesh, (Shard(0),))
+
+    def _group_of(self, ranks: tuple[int, ...], p: Tensor) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        if ranks not in self._groups:
+            if not isinstance(p, DTensor):
+                group = self._plain_group()
+            elif p.device_mesh.ndim == 1:
+                group = p.device_mesh.get_group()
+            elif ranks == tuple(range(dist.get_world_size())):
+                group = dist.group.WORLD
+            else:
+                group = new_group(ranks)
+            assert group is not None
+            self._groups[ranks] = (group, host_group(group))
+        return self._groups[ranks]
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The parameters that ranks step together."""
+        return frozenset(m.number for crew in self.crews for m in crew.members)
+
+    # -- a step ----------------------------------------------------------------------------------------------------------
+
+    def agree(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        squares: Sequence[bool],
+        failure: Exception | None,
+        found_inf: Tensor | None,
+    ) -> dict[int, tuple[bool, Tensor | None]]:
+        """Whether each parameter moves, by its number, with a flag on its device where that decides. Raises `failure` on the
+        rank that has one and RuntimeError on the others, which then have changed nothing either.
+        """
+        decided: dict[int, tuple[bool, Tensor | None]] = {}
+        for crew in self.crews:
+            free = [looking_is_free(plain(m.p)) for m in crew.members]
+            finite = [] if failure else [_finite(m.p, squares[m.group], found_inf) for m in crew.members]
+            bad = (
+                [bool(not f) if here else False for here, f in zip(free, finite, strict=True)]
+                if finite
+                else [False] * len(free)
+            )
+            present = [not failure and m.p.grad is not None for m in crew.members]
+            numbers = [_numbers(groups[g]) for g in sorted({m.group for m in crew.members})]
+            verdict = agree(
+                present,
+                bad,
+                crew.host,
+                dist.get_rank(crew.host),
+                failed=failure is not None,
+                fingerprint=zlib.crc32(repr((numbers, crew.identity)).encode()),
+            )
+            if failure is None and verdict.failed is not None:
+                failure = RuntimeError(
+                    f"Rank {verdict.failed} of the process group has refused this step; its own error says why. No weight was "
+                    f"changed on any rank."
+                )
+            if failure is None and verdict.different:
+                failure = RuntimeError(
+                    f"Ranks differ in the numbers of param groups {sorted({m.group for m in crew.members})}, such as lr, in "
+                    f"max_batch_bytes or in the parameters they hold: build the same optimizer and schedule on every rank. No "
+                    f"weight was changed."
+                )
+            if failure is not None:
+                continue
+            flags = _together(finite, crew.group) if not all(free) else finite
+            for i, m in enumerate(crew.members):
+                there = verdict.present[i] and not (verdict.absent[i] and m.weights.copies > 1)
+                if verdict.present[i]:
+                    decided[m.number] = (there and not verdict.bad[i], None if free[i] else flags[i])
+        if failure is not None:
+            raise failure
+        return decided
+
+    def step_(
+        self,
+        decided: Mapping[int, tuple[bool, Tensor | None]],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        context: Context,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Count and step all parameters of the crews."""
+        for crew in self.crews:
+            rank, moving = dist.get_rank(crew.group), {}
+            for m in crew.members:
+                if m.number not in decided:
+                    continue
+                moves, finite = decided[m.number]
+                own = {key: plain(value) for key, value in state[m.p].items()}
+                if not moves:
+                    own["skipped"].add_(1)
+                    continue
+                p = plain_parameter(m.p)
+                if context.recorder is not None:
+                    context.recorder.gradient(m.number, p)
+                if m.traveller is None:
+                    _adamw_(m, p, own, finite, rank, context, found_inf)
+                    continue
+                own["step"].add_(1 if finite is None else finite)
+                if finite is not None:
+                    own["skipped"].add_(~finite)
+                local = Local(m.traveller, p, own, finite)
+                if m.travels:
+                    moving[m.number] = local
+                else:
+                    _entries_(local, rank, context)
+            if crew.team is not None:
+                crew.team.step_(moving, context)
+
+
+def _adamw_(
+    m: Member,
+    p: Tensor,
+    state: dict[str, Tensor],
+    finite: Tensor | None,
+    rank: int,
+    context: Context,
+    found_inf: Tensor | None,
+) -> None:
+    if not p.numel():
+        state["step"].add_(1 if finite is None else finite)
+        return
+    group, recorder = context.groups[m.group], context.recorder
+    before = p.to(wide(p.dtype), copy=True) if recorder is not None else None
+    number = shard_number(m.number, m.weights, rank)
+    adamw_step_(batching_member(number, p, pieces("flat", p.shape)[0], "", state, finite), group, found_inf, context.scale)
+    if recorder is not None and before is not None:
+        recorder.change(m.number, before, p, lr_of(group) * group["weight_decay"])
+
+
+def _entries_(local: Local, rank: int, context: Context) -> None:
+    """A rule that acts on entries alone, on this rank's own."""
+    t = local.traveller
+    group, rule = context.groups[t.group], context.rules[t.group]
+    length = lr_of(group) * rule.scale.factor(*t.pieces[0].blocks[1:])
+    for member in weight_members(local, rank):
+        part = Part([member])
+        S = signals_(part, rule, group, Room(), context.scale)
+        D, _ = rule.direction(S, {}, group)
+        if context.recorder is not None:
+            context.recorder.direction([(t.number, "")], D, length, rule)
+        retract_(part, D, length, rule, group)
+
+
+def _finite(p: Tensor, squares: bool, found_inf: Tensor | None) -> Tensor:
+    own = plain_parameter(p)
+    finite = finite_gradient(own, squares)
+    return finite if found_inf is None else finite & (found_inf.to(finite.device) == 0)
+
+
+def _together(finite: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Whether each gradient is finite on all ranks, on the device and without a look at it."""
+    flags = torch.stack([f.reshape(()) for f in finite]).to(torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
+    return list(flags.bool())
+
+
+def _numbers(group: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers of a group; what lies on a device is not looked at."""
+    found = []
+    for key, value in sorted(group.items()):
+        if isinstance(value, Tensor):
+            value = float(value) if value.device.type == "cpu" and value.numel() == 1 else "on a device"
+        if isinstance(value, (int, float, str, tuple)):
+            found.append((key, repr(value)))
+    return found
+
+
+def _device_type(p: Tensor) -> str:
+    """Where blocks are computed: a sharded parameter may be offloaded to the host while its mesh has devices."""
+    if isinstance(p, DTensor):
+        kind = p.device_mesh.device_type
+        return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
+    return str(p.device)
+
+
+def _entrywise(rule: Rule, group: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether a rule acts on entries alone, so that a shard is stepped where it is."""
+    same = len({piece.blocks[1:] for piece in pieces(group["layout"], p.shape)}) == 1
+    separable = isinstance(rule.map, L1) and rule.map.over == "entries" and isinstance(rule.scale, Scale)
+    return same and separable and rule.signal.elementwise and rule.retraction.elementwise
+
+
+def _traveller(
+    g: int,
+    number: int,
+    p: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    rule: Rule,
+    weights: Arrangement,
+    averages: Arrangement,
+) -> Traveller:
+    own = pieces(group["layout"], p.shape)
+    shapes = {key: tuple(t.shape) for key, t in state.items()}
+    costs = [block_flops(rule, *piece.blocks[1:]) + ENTRY_FLOPS * piece.blocks[1] * piece.blocks[2] for piece in own]
+    return Traveller(g, number, own, suffixes(own), rule, weights, averages, shapes, wide(p.dtype), costs)
+
+
+@lru_cache(maxsize=16)
+def _mesh(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    return DeviceMesh.from_group(group, device_type)

@@ -1,0 +1,68 @@
+"""Stepping: the slots of a rule on a batch of equal blocks, the signal and the retraction part by part.
+
+On one device a step is `signals_`, the direction on all blocks at once, `retract_`. Where parameters lie on several ranks the
+middle happens elsewhere, or an owner that has everything takes `whole_step` on tensors.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from schatten.batching import Part, Room, parts, places
+from schatten.retractions.core import lr_of
+from schatten.rule import Rule
+
+
+def signals_(whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None) -> Tensor:
+    """The signals of equal blocks, (members, blocks, fan_out, fan_in), whose new state is kept.
+
+    `scale` is a GradScaler's. The result may lie in `room`, until the next batch.
+    """
+    own = _parts(whole, rule)
+    S = None
+    for part, at in places(own):
+        signal, new_state = rule.signal(part.gradients(group["maximize"], scale), part.state(), group)
+        part.keep_state_(new_state)
+        if len(own) == 1:
+            S = signal
+        else:
+            S = room.like(signal, (len(whole), *whole.blocks)) if S is None else S
+            part.of(S[at]).copy_(signal)
+    assert S is not None
+    return S
+
+
+def retract_(whole: Part, D: Tensor, length: float | Tensor, rule: Rule, group: Mapping[str, Any]) -> None:
+    """Take directions D to the weights; `length` multiplies D, a number or one for each block."""
+    for part, at in places(_parts(whole, rule)):
+        at_length = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
+        W, new_state = rule.retraction(part.weights(), part.of(D[at]), at_length, part.state(), group)
+        part.keep_state_(new_state)
+        part.keep_weights_(W, group["rounding"])
+
+
+def _parts(whole: Part, rule: Rule) -> list[Part]:
+    return parts(whole, rule.signal.elementwise and rule.retraction.elementwise)
+
+
+class Stepped(NamedTuple):
+    """New weights (members, blocks, fan_out, fan_in), the directions that led there with their length, and new state."""
+
+    W: Tensor
+    D: Tensor
+    length: float | Tensor
+    state: dict[str, Tensor]
+
+
+def whole_step(
+    W: Tensor, G: Tensor, state: Mapping[str, Tensor], rule: Rule, group: Mapping[str, Any], scale: Tensor | None
+) -> Stepped:
+    """One step of whole matrices given as tensors; nothing is written to."""
+    if scale is not None:
+        G = G / scale.to(G)
+    S, new = rule.signal(-G if group["maximize"] else G, state, group)
+    D, of_direction = rule.direction(S, {**state, **new}, group)
+    length = lr_of(group) * rule.scale(D)
+    W, of_retraction = rule.retraction(W, D, length, {**state, **new, **of_direction}, group)
+    return Stepped(W, D, length, {**new, **of_direction, **of_retraction})
