@@ -68,6 +68,11 @@ class Recorder:
             for key, error in zip(of, orthogonality_error(D).amax(-1), strict=True):
                 self.errors[key] = torch.maximum(error, self.errors.get(key, error))
 
+    def update(self, of: Sequence[int], U: Tensor) -> None:
+        """The norm of each update, or of this rank's part of it, (members, rows, columns), by the parameter's number."""
+        for number, square in zip(of, U.square().sum((-2, -1)), strict=True):
+            self.updates[number].append(square)
+
     def change(self, number: int, before: Tensor, after: Tensor, decay: float | Tensor) -> None:
         """The square of an AdamW update, the decay lr lambda W taken out."""
         update = after.detach().to(wide(after.dtype)) - before * (1 - decay)

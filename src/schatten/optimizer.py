@@ -40,7 +40,7 @@ from schatten.routing.sharding import refuse_flat
 from schatten.rule import Rule
 from schatten.self_test import Report, self_test
 from schatten.state import Member, follow_device_, fresh_state, suffixes, wide
-from schatten.stepping import retract_, signals_
+from schatten.stepping import step_
 
 
 class SpectralOptimizer(torch.optim.Optimizer):
@@ -158,11 +158,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._recorder = metrics.Recorder()
         self._seen: list[edits.Seen] = []
         self._looked_at = -1
-        if isinstance(params, DistributedDataParallel) and placement is None:
-            placement = "owners"
-        if isinstance(params, DistributedDataParallel) and placement != "local" and process_group is None:
-            process_group = params.process_group
-        self._ranks = Ranks(placement, process_group)
+        replicas = params.process_group if isinstance(params, DistributedDataParallel) else None
+        self._ranks = Ranks(placement, process_group, replicas)
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules, others=self.others, strict=strict)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
@@ -271,7 +268,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
-        checks = [self._check_edits, self._follow_replaced, self._find_ranks]
+        checks = [self._ranks.refuse_torn, self._check_edits, self._follow_replaced, self._find_ranks]
         if closure is not None:
             # Ranks that evaluate while another has refused would wait for it.
             self._decided(checks)
@@ -310,6 +307,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
         """
         if type(self).evaluate is not SpectralOptimizer.evaluate:
             raise TypeError(f"{type(self).__name__} evaluates gradients in step(), so backward has none to step with.")
+        self._check_edits()
+        self._find_ranks()
+        if self._ranks.numbers:
+            raise TypeError(
+                f"A parameter of shape {tuple(self._ranks.crews[0].members[0].p.shape)} lies on several ranks, whose gradients "
+                f"are not there at the same time: call step() after backward. No hook was set."
+            )
         hooks, index = ExitStack(), 0
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -412,14 +416,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         return [Member(index, p, piece, s, self.state[p], finite) for piece, s in zip(own, suffixes(own), strict=True)]
 
     def _spectral_step_(self, whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None) -> None:
-        """Step equal blocks: signal and retraction part by part, the map on all of them at once."""
-        S = signals_(whole, rule, group, room, scale)
-        D, new_state = rule.direction(S, whole.state(), group)
-        whole.keep_state_(new_state)
-        length = lr_of(group) * rule.scale(D)
-        if self._recorder.open:
-            self._recorder.direction([(m.number, m.suffix) for m in whole.members], D, length, rule)
-        retract_(whole, D, length, rule, group)
+        """Step equal blocks, by `stepping.step_`."""
+        step_(whole, rule, group, room, scale, self._recorder if self._recorder.open else None)
 
     # -- what can be seen ----------------------------------------------------------------------------------------------
 
@@ -462,6 +460,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only; each spectral group carries the text of its rule (`schatten.checkpoint`)."""
         self._follow_replaced()
+        self._ranks.refuse_torn()
         return checkpoint.exported(super().state_dict(), self.param_groups, self.rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -476,6 +475,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         checked = checkpoint.imported(state_dict, self.param_groups, self.state, self.rule)
         super().load_state_dict(checked)
         checkpoint.restore_precision(checked, self.param_groups, self.state)
+        self._ranks.torn = False
 
 
 def _refuse_gradient(p: Tensor, name: str) -> None:

@@ -1,17 +1,20 @@
 """Stepping: the slots of a rule on a batch of equal blocks, the signal and the retraction part by part.
 
-On one device a step is `signals_`, the direction on all blocks at once, `retract_`. Where parameters lie on several ranks the
-middle happens elsewhere, or an owner that has everything takes `whole_step` on tensors.
+On one device a step is `step_`: signals, the direction on all blocks at once, the retraction. Where parameters lie on
+several ranks the middle happens elsewhere, or an owner that has everything takes `whole_step` on tensors.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from schatten.batching import Part, Room, parts, places
 from schatten.retractions.core import lr_of
 from schatten.rule import Rule
+
+if TYPE_CHECKING:
+    from schatten.metrics import Recorder
 
 
 def signals_(whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None) -> Tensor:
@@ -40,6 +43,19 @@ def retract_(whole: Part, D: Tensor, length: float | Tensor, rule: Rule, group: 
         W, new_state = rule.retraction(part.weights(), part.of(D[at]), at_length, part.state(), group)
         part.keep_state_(new_state)
         part.keep_weights_(W, group["rounding"])
+
+
+def step_(
+    whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None, recorder: "Recorder | None"
+) -> None:
+    """Step equal blocks that are here: signal and retraction part by part, the map on all of them at once."""
+    S = signals_(whole, rule, group, room, scale)
+    D, new_state = rule.direction(S, whole.state(), group)
+    whole.keep_state_(new_state)
+    length = lr_of(group) * rule.scale(D)
+    if recorder is not None:
+        recorder.direction([(m.number, m.suffix) for m in whole.members], D, length, rule)
+    retract_(whole, D, length, rule, group)
 
 
 def _parts(whole: Part, rule: Rule) -> list[Part]:

@@ -219,9 +219,13 @@ class Flight:
 
     # -- back at the holders -------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Take what owners have sent to weights and state."""
-        stacks = self._stacks()
+    def arrive(self) -> None:
+        """Wait for what owners have sent."""
+        self.stacks = self._stacks()
+
+    def write_(self) -> None:
+        """Take it to weights and state."""
+        stacks = self.stacks
         for own in self._by_group():
             group, rule = self.context.groups[own[0].traveller.group], self.context.rules[own[0].traveller.group]
             numbers, members = self._members(own, weight_members)

@@ -16,24 +16,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from schatten.adamw import adamw_step_
-from schatten.batching import Part, Room, finite_gradient, looking_is_free
+from schatten.batching import finite_gradient, looking_is_free
 from schatten.layout import pieces
-from schatten.maps import L1
 from schatten.placements.agreement import agree, host_group, new_group
 from schatten.placements.cost import block_flops
 from schatten.placements.flight import Context
-from schatten.placements.local import Local, plain, plain_parameter, shard_number, weight_members
+from schatten.placements.here import adamw_, entries_, replicated_
+from schatten.placements.local import Local, plain, plain_parameter
 from schatten.placements.regions import Arrangement, arrangement, everywhere
 from schatten.placements.schedule import Traveller
 from schatten.placements.states import arranged, like_parameter, sharded
 from schatten.placements.team import Team
-from schatten.retractions.core import lr_of
+from schatten.placements.ways import ways
 from schatten.rule import Rule
-from schatten.scales import Scale
-from schatten.state import Member as batching_member
-from schatten.state import suffixes, wide
-from schatten.stepping import retract_, signals_
+from schatten.state import SCALES, suffixes, wide
 
 PLACEMENTS = ("local", "owners", "zero1")
 
@@ -52,7 +48,7 @@ class Member:
     p: Tensor
     weights: Arrangement
     traveller: Traveller | None
-    travels: bool
+    way: str = "here"
 
 
 @dataclass
@@ -67,9 +63,16 @@ class Crew:
 
 
 class Ranks:
-    """The crews of an optimizer. `placement` and `process_group` are the optimizer's options."""
+    """The crews of an optimizer. `placement` and `process_group` are the optimizer's options, `replicas` the group of the
+    DistributedDataParallel module it was given, if it was.
+    """
 
-    def __init__(self, placement: str | None, process_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        placement: str | None,
+        process_group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
         if placement is not None and placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))} or None, got {placement!r}.")
         shares = placement in ("owners", "zero1")
@@ -83,7 +86,13 @@ class Ranks:
                 f"process_group names the ranks that share a step, which placement={placement!r} does not: pass "
                 f"placement='owners' or 'zero1' with it."
             )
-        self.placement, self.process_group = placement, process_group
+        # A placement that was found may leave small matrices to every rank.
+        self.chosen = placement is not None
+        self.placement = "owners" if placement is None and replicas is not None else placement
+        self.process_group = process_group if process_group is not None or not replicas else replicas
+        self.max_bytes = 0
+        # Whether a step has failed between ranks, after which momentum is no longer that of the weights.
+        self.torn = False
         self.crews: list[Crew] = []
         self.seen: Any = None
         self._groups: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
@@ -94,14 +103,11 @@ class Ranks:
         """The state that `make` gives for a whole parameter, as it lies on the ranks of `p`."""
         if isinstance(p, DTensor):
             arrangement(p)  # refuses what cannot be stepped
-            return arranged(make(like_parameter(p)), p.shape, p)
+            return arranged(_in_rows(make(like_parameter(p)), p), p.shape, p)
         state = make(p)
         if self.placement == "zero1" and spectral:
-            return sharded(state, p.shape, self._own_mesh(p))
+            return sharded(_in_rows(state, p), p.shape, _mesh(self._plain_group(), p.device.type))
         return state
-
-    def _own_mesh(self, p: Tensor) -> DeviceMesh:
-        return _mesh(self._plain_group(), p.device.type)
 
     def _plain_group(self) -> dist.ProcessGroup:
         group = self.process_group if self.process_group is not None else dist.group.WORLD
@@ -132,21 +138,24 @@ class Ranks:
                     ranks, weights, averages = found
                     if ranks not in crews:
                         crews[ranks] = Crew(*self._group_of(ranks, p))
-                    t, travels = None, False
+                    t = None
                     if group["algorithm"] == "spectral":
                         rule = rule_of(group)
                         t = _traveller(g, number, p, group, state[p], rule, weights, averages)
-                        travels = not (isinstance(p, DTensor) and _entrywise(rule, group, p))
-                    crews[ranks].members.append(Member(g, number, p, weights, t, travels))
+                    crews[ranks].members.append(Member(g, number, p, weights, t))
                 number += 1
         for crew in crews.values():
-            travellers = [m.traveller for m in crew.members if m.travels and m.traveller is not None]
-            if travellers:
-                mesh_type = _device_type(next(m.p for m in crew.members if m.travels))
-                crew.team = Team(crew.group, travellers, torch.device(mesh_type), max_bytes)
+            spectral = [(m.traveller, m.p) for m in crew.members if m.traveller is not None]
+            if spectral:
+                device, size = _device(spectral[0][1]), dist.get_world_size(crew.group)
+                found = ways(spectral, size, device, owners=self.chosen)
+                for m in crew.members:
+                    m.way = found.get(m.number, "here")
+                by_way = {way: [t for t, _ in spectral if found[t.number] == way] for way in ("owner", "together")}
+                crew.team = Team(crew.group, by_way["owner"], by_way["together"], device, max_bytes)
             names = [(m.group, m.number, tuple(m.p.shape)) for m in crew.members]
             crew.identity = zlib.crc32(repr(names).encode()) ^ (crew.team.fingerprint() if crew.team else 0)
-        self.crews, self.seen = list(crews.values()), seen
+        self.crews, self.seen, self.max_bytes = list(crews.values()), seen, max_bytes
 
     def _lies(self, p: Tensor) -> tuple[tuple[int, ...], Arrangement, Arrangement] | None:
         if isinstance(p, DTensor):
@@ -171,6 +180,14 @@ class Ranks:
             assert group is not None
             self._groups[ranks] = (group, host_group(group))
         return self._groups[ranks]
+
+    def refuse_torn(self) -> None:
+        """Raise RuntimeError if a step was broken off, because its state is worth no further step and no checkpoint."""
+        if self.torn:
+            raise RuntimeError(
+                "The last step was broken off while ranks exchanged matrices, so momentum has moved and weights have not, or not "
+                "all that need more than max_batch_bytes: start the ranks again and load the last checkpoint."
+            )
 
     @property
     def numbers(self) -> frozenset[int]:
@@ -237,7 +254,9 @@ class Ranks:
         context: Context,
         found_inf: Tensor | None,
     ) -> None:
-        """Count and step all parameters of the crews."""
+        """Count and step all parameters of the crews: first what takes other ranks, then what cannot fail."""
+        waiting = []
+        here: list[tuple[Member, Tensor, dict[str, Tensor], Tensor | None, int]] = []
         for crew in self.crews:
             rank, moving = dist.get_rank(crew.group), {}
             for m in crew.members:
@@ -251,57 +270,48 @@ class Ranks:
                 p = plain_parameter(m.p)
                 if context.recorder is not None:
                     context.recorder.gradient(m.number, p)
-                if m.traveller is None:
-                    _adamw_(m, p, own, finite, rank, context, found_inf)
-                    continue
-                own["step"].add_(1 if finite is None else finite)
-                if finite is not None:
-                    own["skipped"].add_(~finite)
-                local = Local(m.traveller, p, own, finite)
-                if m.travels:
-                    moving[m.number] = local
+                if m.traveller is not None:
+                    own["step"].add_(1 if finite is None else finite)
+                    if finite is not None:
+                        own["skipped"].add_(~finite)
+                if m.traveller is not None and m.way != "here":
+                    moving[m.number] = Local(m.traveller, p, own, finite)
                 else:
-                    _entries_(local, rank, context)
+                    here.append((m, p, own, finite, rank))
             if crew.team is not None:
-                crew.team.step_(moving, context)
+                # Until all has arrived: a rank that dies leaves momentum ahead of the weights.
+                self.torn = True
+                waiting += crew.team.arrive(moving, context)
+        self.torn = False
+        for computed in waiting:
+            computed.write_()
+        for m, p, own, finite, rank in here:
+            if m.traveller is None:
+                adamw_(m.group, m.number, m.weights, p, own, finite, rank, context, found_inf)
+            elif not m.weights.replicated:
+                entries_(Local(m.traveller, p, own, finite), rank, context)
+        whole = [
+            Local(m.traveller, p, own, finite)
+            for m, p, own, finite, _ in here
+            if m.traveller is not None and m.weights.replicated
+        ]
+        replicated_(whole, 0, context, self.max_bytes)
 
 
-def _adamw_(
-    m: Member,
-    p: Tensor,
-    state: dict[str, Tensor],
-    finite: Tensor | None,
-    rank: int,
-    context: Context,
-    found_inf: Tensor | None,
-) -> None:
-    if not p.numel():
-        state["step"].add_(1 if finite is None else finite)
-        return
-    group, recorder = context.groups[m.group], context.recorder
-    before = p.to(wide(p.dtype), copy=True) if recorder is not None else None
-    number = shard_number(m.number, m.weights, rank)
-    adamw_step_(batching_member(number, p, pieces("flat", p.shape)[0], "", state, finite), group, found_inf, context.scale)
-    if recorder is not None and before is not None:
-        recorder.change(m.number, before, p, lr_of(group) * group["weight_decay"])
-
-
-def _entries_(local: Local, rank: int, context: Context) -> None:
-    """A rule that acts on entries alone, on this rank's own."""
-    t = local.traveller
-    group, rule = context.groups[t.group], context.rules[t.group]
-    length = lr_of(group) * rule.scale.factor(*t.pieces[0].blocks[1:])
-    for member in weight_members(local, rank):
-        part = Part([member])
-        S = signals_(part, rule, group, Room(), context.scale)
-        D, _ = rule.direction(S, {}, group)
-        if context.recorder is not None:
-            context.recorder.direction([(t.number, "")], D, length, rule)
-        retract_(part, D, length, rule, group)
+def _in_rows(state: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """`state`, which must not be in blocks of 256 entries: a shard begins anywhere."""
+    if any(SCALES in key for key in state):
+        raise ValueError(
+            f"state_dtype='int8' keeps one scale for 256 entries, which shards cut apart, but a parameter of shape "
+            f"{tuple(p.shape)} is divided among ranks: take state_dtype='bfloat16'."
+        )
+    return state
 
 
 def _finite(p: Tensor, squares: bool, found_inf: Tensor | None) -> Tensor:
-    own = plain_parameter(p)
+    own = plain(p.detach())
+    # Not brought into the parameter's placement yet, which would be a collective.
+    own.grad = torch.zeros_like(own) if p.grad is None else plain(p.grad)
     finite = finite_gradient(own, squares)
     return finite if found_inf is None else finite & (found_inf.to(finite.device) == 0)
 
@@ -324,19 +334,12 @@ def _numbers(group: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _device_type(p: Tensor) -> str:
+def _device(p: Tensor) -> torch.device:
     """Where blocks are computed: a sharded parameter may be offloaded to the host while its mesh has devices."""
-    if isinstance(p, DTensor):
-        kind = p.device_mesh.device_type
-        return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
-    return str(p.device)
-
-
-def _entrywise(rule: Rule, group: Mapping[str, Any], p: Tensor) -> bool:
-    """Whether a rule acts on entries alone, so that a shard is stepped where it is."""
-    same = len({piece.blocks[1:] for piece in pieces(group["layout"], p.shape)}) == 1
-    separable = isinstance(rule.map, L1) and rule.map.over == "entries" and isinstance(rule.scale, Scale)
-    return same and separable and rule.signal.elementwise and rule.retraction.elementwise
+    if not isinstance(p, DTensor):
+        return p.device
+    kind = p.device_mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _traveller(

@@ -13,28 +13,43 @@ import torch.distributed as dist
 from schatten.placements.flight import Context, Flight, Wire
 from schatten.placements.local import Local
 from schatten.placements.schedule import Traveller, schedule
+from schatten.placements.slab import Slab, slabs
 
 
 class Team:
-    """The schedule of `travellers` on the ranks of `group`, and the step that follows it.
+    """The schedule of `travellers` on the ranks of `group`, and the step that follows it; the matrices of `spread` stay where
+    they are and are computed by all ranks together (`schatten.placements.slab`).
 
     `device` is where blocks are computed and travel. `max_bytes` bounds what a step allocates beside state and gradients.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, travellers: Sequence[Traveller], device: torch.device, max_bytes: int
+        self,
+        group: dist.ProcessGroup | None,
+        travellers: Sequence[Traveller],
+        spread: Sequence[Traveller],
+        device: torch.device,
+        max_bytes: int,
     ) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self.wire = Wire(group, rank, size, device, max_bytes)
         self.buckets = schedule(travellers, rank, size, max_bytes)
+        self.slabs = slabs(spread, size, device, max_bytes)
 
     def fingerprint(self) -> int:
         """Of what every rank must have alike."""
         owners = [[(i.traveller.number, i.suffix, i.piece.blocks, i.owners) for i in b.items] for b in self.buckets]
-        return zlib.crc32(repr(owners).encode())
+        together = [[(t.number, p, b) for t, p, b in batch] for slab in self.slabs for batch in slab]
+        return zlib.crc32(repr((owners, together)).encode())
 
-    def step_(self, moving: Mapping[int, Local], context: Context) -> None:
-        """One step of the parameters in `moving`, which must be the same on every rank."""
+    def arrive(self, moving: Mapping[int, Local], context: Context) -> list["Flight | Slab"]:
+        """Compute a step of the parameters in `moving`, which must be the same on every rank, and what is left to write.
+
+        Nothing is written before all of it has arrived, so that a rank that dies leaves the others' weights as they were,
+        unless it takes more than `max_bytes`: then each bucket is written when the next one has been computed.
+        """
+        held = sum(local.p.numel() * local.traveller.dtype.itemsize for local in moving.values())
+        waiting: list[Flight | Slab] = []
         started: Flight | None = None
         computed: Flight | None = None
         # Every rank comes by here in one order, or their collectives would not meet.
@@ -45,5 +60,13 @@ class Team:
             if started is not None:
                 started.compute()
             if computed is not None:
-                computed.finish()
+                computed.arrive()
+                waiting.append(computed)
+                if held > self.wire.max_bytes:
+                    waiting.pop().write_()
             started, computed = fresh, started
+        for slab in self.slabs:
+            here = Slab(self.wire, slab, moving, context)
+            here.compute()
+            waiting.append(here)
+        return waiting

@@ -2,6 +2,9 @@
 
 Norms neither overflow for a large matrix nor vanish for a small one, so the result does not depend on the input's scale. A
 zero matrix stays zero; a non-finite matrix comes out non-finite and spreads to no other matrix of its batch.
+
+A polynomial of X sees the columns of X through X X^T and the norm alone. Iterations ask `Columns` for both, and so run
+unchanged where a process holds some of the columns (`schatten.placements.gram`).
 """
 
 from collections.abc import Callable
@@ -9,6 +12,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from schatten import kernels
 
 DTYPES = {
     "float64": torch.float64,
@@ -69,6 +74,52 @@ class FunctionSolver(Protocol):
     def check(self, f: SpectralFunction) -> None: ...
 
 
+class Columns(Protocol):
+    """What an iteration asks of all columns of a matrix, of which X (b, m, n) may be those that this process holds."""
+
+    def gram(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """X X^T, (b, m, m); `out` is memory for it."""
+        ...
+
+    def frobenius(self, X: Tensor) -> Tensor:
+        """||X||_F as `frobenius` gives it, (b, 1, 1)."""
+        ...
+
+    def count(self, X: Tensor) -> int:
+        """How many there are."""
+        ...
+
+
+class _All:
+    """X has them all."""
+
+    def gram(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        return kernels.gram(X, out=out)
+
+    def frobenius(self, X: Tensor) -> Tensor:
+        return frobenius(X)
+
+    def count(self, X: Tensor) -> int:
+        return X.shape[-1]
+
+
+ALL: Columns = _All()
+
+
+@runtime_checkable
+class ColumnSolver(Protocol):
+    """A solver of the polar factor that can do with some of a matrix's columns: of X (b, m, n), m <= n columns in all."""
+
+    def of_columns(self, X: Tensor, columns: Columns) -> Tensor: ...
+
+
+@runtime_checkable
+class ColumnFunctionSolver(Protocol):
+    """The same for spectral functions."""
+
+    def apply_to_columns(self, X: Tensor, f: SpectralFunction, columns: Columns) -> Tensor: ...
+
+
 def dtype_name(dtype: torch.dtype | str | None) -> str:
     """The plain name of a working precision; `None` and `"auto"` leave the choice to the device."""
     if dtype is None or dtype == "auto":
@@ -121,8 +172,10 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps must be at least 1, got {steps}.")
 
 
-def frobenius(X: Tensor) -> Tensor:
+def frobenius(X: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """||X||_F per matrix, (b, m, n) -> (b, 1, 1) in fp32 (fp64 for fp64 input), no less than a normal number; 1 for zero.
+
+    Where X has some of the columns, `total` turns its norms, 0 among them, into those of the whole matrices.
 
     Squares of fp32 numbers fit into fp64. A CPU would convert the whole matrix for that sum, so it sums in fp32 and looks
     (there nothing waits) whether a norm is near the end of fp32's range.
@@ -130,14 +183,17 @@ def frobenius(X: Tensor) -> Tensor:
     if X.device.type == "cpu":
         wide = X.to(torch.promote_types(X.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-        if bool(((norm > 1e-15) & (norm < 1e15)).all()):
+        if not bool(((norm > 1e-15) & (norm < 1e15)).all()):
+            # By a power of two, which rounds nothing: the norm has the bits it would have in the middle of the range.
+            exponent = torch.frexp(wide.abs().amax(dim=(-2, -1), keepdim=True)).exponent
+            norm = torch.ldexp(torch.linalg.vector_norm(torch.ldexp(wide, -exponent), dim=(-2, -1), keepdim=True), exponent)
+        elif total is None:
             return norm
-        # By a power of two, which rounds nothing: the norm has the bits it would have in the middle of the range.
-        exponent = torch.frexp(wide.abs().amax(dim=(-2, -1), keepdim=True)).exponent
-        norm = torch.ldexp(torch.linalg.vector_norm(torch.ldexp(wide, -exponent), dim=(-2, -1), keepdim=True), exponent)
     else:
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
         norm = norm.to(torch.promote_types(X.dtype, torch.float32))
+    if total is not None:
+        norm = total(norm)
     # A denormal norm has few bits: rounded down by a tenth it would leave X / ||X|| outside a polynomial's range.
     return torch.where(norm == 0, 1, norm.clamp(min=torch.finfo(norm.dtype).tiny))
 
@@ -152,9 +208,9 @@ def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
     return (X.to(divisor.dtype) / divisor).to(dtype)
 
 
-def normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
+def normalised(X: Tensor, dtype: torch.dtype, columns: Columns = ALL) -> Tensor:
     """`X / ||X||_F` per matrix (b, m, n) in `dtype`; zero stays zero."""
-    return quotient(X, frobenius(X), dtype)
+    return quotient(X, columns.frobenius(X), dtype)
 
 
 def on_wide_batch(X: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from schatten.solvers.composed import LOWER, Composition, checked
-from schatten.solvers.core import check_matrices, normalised, on_wide_batch, working_dtype
+from schatten.solvers.core import ALL, Columns, check_matrices, normalised, on_wide_batch, working_dtype
 from schatten.solvers.iteration import gram_form, product_form, restarts_for
 
 
@@ -14,13 +14,16 @@ from schatten.solvers.iteration import gram_form, product_form, restarts_for
 class _Gram(Composition):
     def __call__(self, X: Tensor) -> Tensor:
         check_matrices(X, "X")
-        work = working_dtype(X, self.dtype)
-        return on_wide_batch(X, lambda Y: self._iterated(normalised(Y, work)))
+        return on_wide_batch(X, self.of_columns)
 
-    def _iterated(self, X: Tensor) -> Tensor:
-        if X.shape[-2] == X.shape[-1]:
-            return product_form(X, self.quintics)
-        return gram_form(X, self.quintics, restarts=restarts_for(self.quintics, X.dtype, False))
+    def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
+        return self._iterated(normalised(X, working_dtype(X, self.dtype), columns), columns)
+
+    def _iterated(self, X: Tensor, columns: Columns = ALL) -> Tensor:
+        if X.shape[-2] == columns.count(X):
+            return product_form(X, self.quintics, columns=columns)
+        restarts = restarts_for(self.quintics, X.dtype, False)
+        return gram_form(X, self.quintics, columns=columns, restarts=restarts)
 
 
 def gram(

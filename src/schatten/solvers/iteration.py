@@ -2,7 +2,8 @@
 
 Product form: X <- a X + B X with B = b A + c A^2 and A = X X^T, for X of m x n with m <= n. Gram form: all steps act on
 m x m matrices that are polynomials of one A, and X is multiplied at the end, which saves work when n is large against m.
-Rounding of A grows with the square of the iteration's gain there, so X and A are formed anew at `restarts`.
+Rounding of A grows with the square of the iteration's gain there, so X and A are formed anew at `restarts`. Neither form
+mixes columns but in A, which `columns` forms: X may be some of a matrix's columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from schatten import kernels
+from schatten.solvers.core import ALL, Columns
 from schatten.solvers.remembered import remembered
 
 Quintic = tuple[float, float, float]
@@ -36,11 +38,11 @@ TRIAL = (24, 96)
 def cheaper_form(
     m: int, n: int, quintics: Sequence[Quintic], dtype: torch.dtype, summed: bool = False
 ) -> Callable[..., Tensor]:
-    """The form that multiplies less for (b, m, n) with m <= n, as a function `(X, quintics, weights=None, A=None)`.
+    """The form that multiplies less for (b, m, n) with m <= n: `(X, quintics, weights=None, A=None, columns=ALL) -> Tensor`.
 
     It gives the last iterate, or with weights w_0..w_n the sum of w_k X_k. X has singular values up to 1; `A` is X X^T where
-    the caller has it. A sum comes in fp32, or fp64 for fp64 X; a weight is a number or a (b, 1, 1) tensor. Pass X without
-    keeping a name for it, and its memory is free after the first step.
+    the caller has it; n counts all of `columns`. A sum comes in fp32, or fp64 for fp64 X; a weight is a number or a (b, 1, 1)
+    tensor. Pass X without keeping a name for it, and its memory is free after the first step.
     """
     restarts = restarts_for(tuple(quintics), dtype, summed)
     if gram_cost(m, n, len(quintics), len(restarts), summed) < product_cost(m, n, len(quintics)):
@@ -60,7 +62,11 @@ def gram_cost(m: int, n: int, steps: int, restarts: int, summed: bool) -> int:
 
 
 def product_form(
-    X: Tensor, quintics: Sequence[Quintic], weights: Sequence[Weight] | None = None, A: Tensor | None = None
+    X: Tensor,
+    quintics: Sequence[Quintic],
+    weights: Sequence[Weight] | None = None,
+    A: Tensor | None = None,
+    columns: Columns = ALL,
 ) -> Tensor:
     """`cheaper_form` by products with X in every step."""
     total = None if weights is None else scaled(X, weights[0])
@@ -71,7 +77,7 @@ def product_form(
     spare: list[Tensor] = []
     for k, (a, b, c) in enumerate(quintics):
         if k > 0 or A is None:
-            A = kernels.gram(X, out=A if reused and not (given and k == 1) else None)
+            A = columns.gram(X, out=A if reused and not (given and k == 1) else None)
         B = kernels.sym(A, A, A, b, c, out=B if reused else None)
         new = kernels.affine(B, X, a, out=spare.pop() if spare else None)
         if reused and k > 0:  # the first X is the caller's
@@ -87,6 +93,7 @@ def gram_form(
     quintics: Sequence[Quintic],
     weights: Sequence[Weight] | None = None,
     A: Tensor | None = None,
+    columns: Columns = ALL,
     *,
     restarts: Sequence[int],
 ) -> Tensor:
@@ -94,7 +101,7 @@ def gram_form(
 
     With X_k = Q X for the X of the segment: Z = b R + c R^2, Q <- Q (a I + Z), R <- (a I + Z)^2 R.
     """
-    R = kernels.gram(X) if A is None else A
+    R = columns.gram(X) if A is None else A
     Q = None
     sums = None if weights is None else _Sums(X, weights[0])
     for k, (a, b, c) in enumerate(quintics):
@@ -102,7 +109,7 @@ def gram_form(
             if sums is not None:
                 sums.close(X)
             X = kernels.affine(Q, X, 0.0)
-            R, Q = kernels.gram(X), None
+            R, Q = columns.gram(X), None
         Z = kernels.sym(R, R, R, b, c)
         Q = plus_identity(Z, a) if Q is None else kernels.sym(Q, Z, Q, a, 1.0)
         if sums is not None and weights is not None:

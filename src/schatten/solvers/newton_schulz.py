@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schatten.solvers.core import check_matrices, check_steps, dtype_name, normalised, on_wide_batch, working_dtype
+from schatten.solvers.core import (
+    ALL,
+    Columns,
+    check_matrices,
+    check_steps,
+    dtype_name,
+    normalised,
+    on_wide_batch,
+    working_dtype,
+)
 from schatten.solvers.fit import scalar_iterates
 from schatten.solvers.iteration import Quintic, product_form
 from schatten.solvers.schedules import SCHEDULES
@@ -31,8 +40,10 @@ class _NewtonSchulz:
 
     def __call__(self, X: Tensor) -> Tensor:
         check_matrices(X, "X")
-        work = working_dtype(X, self.dtype)
-        return on_wide_batch(X, lambda Y: product_form(normalised(Y, work), self.quintics))
+        return on_wide_batch(X, self.of_columns)
+
+    def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
+        return product_form(normalised(X, working_dtype(X, self.dtype), columns), self.quintics, columns=columns)
 
     def __repr__(self) -> str:
         steps = "" if isinstance(self.schedule, tuple) else f", steps={self.steps}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from schatten.solvers.composed import LOWER, Composition, checked
-from schatten.solvers.core import check_matrices, normalised, on_wide_batch, working_dtype
+from schatten.solvers.core import ALL, Columns, check_matrices, normalised, on_wide_batch, working_dtype
 from schatten.solvers.iteration import cheaper_form, product_form
 
 LOOSE = 0.05
@@ -17,14 +17,18 @@ LOOSE = 0.05
 class _Polynomial(Composition):
     def __call__(self, X: Tensor) -> Tensor:
         check_matrices(X, "X")
-        work = working_dtype(X, self.dtype)
-        return on_wide_batch(X, lambda Y: self._form(Y, work)(normalised(Y, work), self.quintics))
+        return on_wide_batch(X, self.of_columns)
 
-    def _form(self, X: Tensor, work: torch.dtype) -> Callable[..., Tensor]:
+    def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
+        work = working_dtype(X, self.dtype)
+        form = self._form(X.shape[-2], columns.count(X), work)
+        return form(normalised(X, work, columns), self.quintics, columns=columns)
+
+    def _form(self, m: int, n: int, work: torch.dtype) -> Callable[..., Tensor]:
         # Rounding the entries of the small matrices costs half precision 0.02 of the band, which a tight one does not have.
         if self.error <= LOOSE and work not in (torch.float32, torch.float64):
             return product_form
-        return cheaper_form(X.shape[-2], X.shape[-1], self.quintics, work)
+        return cheaper_form(m, n, self.quintics, work)
 
 
 def polynomial(

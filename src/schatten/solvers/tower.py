@@ -19,12 +19,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from schatten import kernels
 from schatten.solvers.core import (
+    ALL,
+    Columns,
     SpectralFunction,
     check_matrices,
     dtype_name,
-    frobenius,
     on_wide_batch,
     quotient,
     working_dtype,
@@ -219,19 +219,22 @@ class _Tower:
 
     def apply(self, X: Tensor, f: SpectralFunction) -> Tensor:
         check_matrices(X, "X")
+        return on_wide_batch(X, lambda Y: self.apply_to_columns(Y, f))
+
+    def apply_to_columns(self, X: Tensor, f: SpectralFunction, columns: Columns = ALL) -> Tensor:
         work = working_dtype(X, self.dtype)
         found = _found(f)
         if self.dtype == "auto" and found.amplification > HOLDS[str(work).removeprefix("torch.")]:
             work = torch.float32
-        return on_wide_batch(X, lambda Y: _apply(Y, f, found, work))
+        return _apply(X, f, found, work, columns)
 
     def __repr__(self) -> str:
         return f"tower(dtype={self.dtype!r})"
 
 
-def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtype) -> Tensor:
-    norm = frobenius(X)
-    A = kernels.gram(quotient(X, norm, work))
+def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtype, columns: Columns) -> Tensor:
+    norm = columns.frobenius(X)
+    A = columns.gram(quotient(X, norm, work))
     top = spectral_norm_from_gram(A)
     top = torch.where(top == 0, 1, top)
     scale = SAFETY * top  # of X / norm
@@ -252,8 +255,8 @@ def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtyp
         weights = weights * (scale * norm).pow(f.degree)
     # In fp32, as 1 / scale^2 rounded to half precision would put A beside X X^T as a whole.
     A = (A / scale.square()).to(work)
-    form = cheaper_form(X.shape[-2], X.shape[-1], _quintics(f), work, summed=True)
-    return form(quotient(X, scale * norm, work), _quintics(f), list(weights), A)
+    form = cheaper_form(X.shape[-2], columns.count(X), _quintics(f), work, summed=True)
+    return form(quotient(X, scale * norm, work), _quintics(f), list(weights), A, columns)
 
 
 def tower(*, dtype: torch.dtype | str = "auto") -> _Tower:
