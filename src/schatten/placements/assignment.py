@@ -32,7 +32,7 @@ def assign(
 
 
 def buckets(items: Iterable[tuple[T, int, int]], ranks: int, limit: int) -> list[list[T]]:
-    """Items `(item, entries, largest block's entries)` in their order, in buckets of `limit` entries for each rank.
+    """Items `(item, size, largest block's size)` in their order, in buckets of size `limit` for each rank.
 
     A bucket takes a block for each rank whatever their size, as a matrix cannot be computed in pieces.
 
@@ -43,11 +43,11 @@ def buckets(items: Iterable[tuple[T, int, int]], ranks: int, limit: int) -> list
     """
     found: list[list[T]] = []
     used, largest = 0, 0
-    for item, entries, block in items:
+    for item, size, block in items:
         larger = max(largest, block)
-        if not found or used + entries > ranks * max(limit, larger):
+        if not found or used + size > ranks * max(limit, larger):
             found.append([])
             used, larger = 0, block
         found[-1].append(item)
-        used, largest = used + entries, larger
+        used, largest = used + size, larger
     return found

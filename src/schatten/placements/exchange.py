@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Exchange:
-    """One all-to-all on its way: `wait()` gives what each rank sent, as one flat tensor for each.
+    """One all-to-all on its way: `wait()`, which may be called once, gives what each rank sent, one flat tensor for each.
 
     `pieces[r]` go to rank r in their order, and `sizes[r]` entries come from it. What a rank sends to itself is no part of
     the collective. `like` gives the dtype; buffers are on `device`, which must be one that the group's backend serves.
@@ -37,12 +37,16 @@ class Exchange:
             counts = [sum(t.numel() for t in p) for p in sent]
             self.work = dist.all_to_all_single(self.received, self.sent, self.sizes, counts, group=group, async_op=True)
 
+    def arrived(self) -> bool:
+        return self.work is None or self.work.is_completed()
+
     def wait(self) -> list[Tensor]:
         if self.work is not None:
             self.work.wait()
-            self.work = None
+            del self.work, self.sent
         found = list(self.received.split(self.sizes))
         found[self.rank] = self.own
+        del self.received, self.own
         return found
 
 
@@ -61,12 +65,13 @@ class Gathering:
         own = _flat(pieces, dtype, device)
         self.sent = torch.nn.functional.pad(own, (0, self.share - len(own)))
         self.received = torch.empty(self.share * len(sizes), dtype=dtype, device=device)
-        self.work: dist.Work | None = dist.all_gather_into_tensor(self.received, self.sent, group=group, async_op=True)
+        # Its name since torch 2.12; the older one warns.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self.work = gather(self.received, self.sent, group=group, async_op=True)
 
     def wait(self) -> list[Tensor]:
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
+        self.work.wait()
+        del self.work, self.sent
         return [share[:n] for share, n in zip(self.received.view(-1, self.share), self.sizes, strict=True)]
 
 

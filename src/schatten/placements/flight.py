@@ -28,9 +28,12 @@ Values = dict[tuple[int, int], dict[str, Tensor]]
 
 
 class Wire(NamedTuple):
-    """The ranks a bucket travels between, where its blocks are computed, and what that may allocate."""
+    """The ranks a bucket travels between, in `group` to the owners and in `back` from them; where its blocks are computed, and
+    what that may allocate.
+    """
 
     group: dist.ProcessGroup | None
+    back: dist.ProcessGroup | None
     rank: int
     size: int
     device: torch.device
@@ -57,21 +60,37 @@ class Flight:
 
     # -- to the owners -------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Compute signals of this rank's part and send owners what they need."""
-        signals = self._signals()
+    def start(self, keep: bool = True) -> None:
+        """Compute signals of this rank's part and send owners what they need; `keep` their state if this is the step."""
+        signals = self._signals(keep)
         items = enumerate(self.bucket.items)
         stacks = [{field: self._stack(i, field, signals) for field in item.incoming} for i, item in items]
         self.sent = self._exchange(
             [[self._piece(stacks, move) for move in moves] for moves in self.bucket.given],
             self.bucket.taken,
             self.bucket.travels_in,
+            self.team.group,
         )
+
+    def arrived(self) -> bool:
+        """Whether `compute` has nothing to wait for."""
+        return self.sent.arrived()
+
+    def take(self, moving: Mapping[int, Local], context: Context) -> None:
+        """Go on as a step of `moving`, of which signals were sent before it was decided, or of nothing."""
+        self.moving, self.context = moving, context
+        self._signals(keep=True)
+
+    def let_go(self) -> None:
+        """Let the loop free the gradients: weights are written without them."""
+        for local in self.moving.values():
+            # A member has one, of its weight's form.
+            local.p.grad = local.p.detach()
 
     def _locals(self) -> list[Local]:
         return [self.moving[t.number] for t in self.travellers if t.number in self.moving]
 
-    def _signals(self) -> dict[tuple[int, str], Tensor]:
+    def _signals(self, keep: bool) -> dict[tuple[int, str], Tensor]:
         """Signals by parameter and piece, or of whole shards under the suffix ""; none where owners compute them."""
         found: dict[tuple[int, str], Tensor] = {}
         for own in self._by_group():
@@ -82,7 +101,7 @@ class Flight:
             for batch in batches(members, self.team.max_bytes):
                 # A room of its own, as signals stay until they have been sent.
                 group = self.context.groups[own[0].traveller.group]
-                S = signals_(Part(batch), rule, group, Room(), self.context.scale)
+                S = signals_(Part(batch), rule, group, Room(), self.context.scale, keep=keep)
                 found.update({(numbers[id(m)], m.suffix): value for m, value in zip(batch, S, strict=True)})
         return found
 
@@ -128,10 +147,12 @@ class Flight:
             return torch.zeros(move.cut.entries, dtype=self.dtype, device=self.team.device)
         return move.cut.of_stack(stack)
 
-    def _exchange(self, pieces: list[list[Tensor]], received: list[list[Move]], needed: bool) -> Exchange:
+    def _exchange(
+        self, pieces: list[list[Tensor]], received: list[list[Move]], needed: bool, group: dist.ProcessGroup | None
+    ) -> Exchange:
         sizes = [sum(move.cut.entries for move in moves) for moves in received]
         team = self.team
-        return Exchange(pieces, sizes, self.dtype, team.device, team.group, team.rank, needed=needed)
+        return Exchange(pieces, sizes, self.dtype, team.device, group, team.rank, needed=needed)
 
     # -- at the owners -------------------------------------------------------------------------------------------------
 
@@ -151,19 +172,23 @@ class Flight:
             team = self.team
             for batch in in_batches(same, fan_out * fan_in, kept, self.dtype, team.device, team.max_bytes):
                 values.update(self._computed(batch, blocks))
+                for at in batch:
+                    del blocks[at]
         if self.bucket.shared and self.bucket.travels_out:
             own = [self._result(values, move) for move in self.bucket.returned[self.team.rank]]
             sizes = [sum(move.cut.entries for move in moves) for moves in self.bucket.kept]
             team = self.team
-            self.back: Exchange | Gathering = Gathering(own, sizes, self.dtype, team.device, team.group)
+            self.back: Exchange | Gathering = Gathering(own, sizes, self.dtype, team.device, team.back)
         else:
             pieces = [[self._result(values, move) for move in moves] for moves in self.bucket.returned]
-            self.back = self._exchange(pieces, self.bucket.kept, self.bucket.travels_out)
+            self.back = self._exchange(pieces, self.bucket.kept, self.bucket.travels_out, self.team.back)
 
     def _blocks(self) -> Values:
         """What has arrived, as blocks (rows, columns) of each field; none of parameters that do not move."""
         blocks: Values = defaultdict(dict)
-        for flat, moves in zip(self.sent.wait(), self.bucket.taken, strict=True):
+        arrived = self.sent.wait()
+        del self.sent
+        for flat, moves in zip(arrived, self.bucket.taken, strict=True):
             start = 0
             for move in moves:
                 end = start + move.cut.entries
@@ -243,7 +268,9 @@ class Flight:
     def _stacks(self) -> dict[tuple[int, str, str], Tensor]:
         """What has arrived, in the shape of this rank's part of each field; by parameter, piece and field."""
         found: dict[tuple[int, str, str], Tensor] = {}
-        for flat, moves in zip(self.back.wait(), self.bucket.kept, strict=True):
+        arrived = self.back.wait()
+        del self.back
+        for flat, moves in zip(arrived, self.bucket.kept, strict=True):
             start = 0
             for move in moves:
                 end = start + move.cut.entries

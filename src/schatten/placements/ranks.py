@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from schatten.placements.team import Team
 from schatten.placements.ways import ways
 from schatten.rule import Rule
 from schatten.state import SCALES, suffixes, wide
+
+if TYPE_CHECKING:
+    from schatten.placements.overlap import Overlap
 
 PLACEMENTS = ("local", "owners", "zero1")
 
@@ -93,6 +96,7 @@ class Ranks:
         self.max_bytes = 0
         # Whether a step has failed between ranks, after which momentum is no longer that of the weights.
         self.torn = False
+        self.overlap: Overlap | None = None
         self.crews: list[Crew] = []
         self.seen: Any = None
         self._groups: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
@@ -181,12 +185,17 @@ class Ranks:
             self._groups[ranks] = (group, host_group(group))
         return self._groups[ranks]
 
+    def settle(self) -> None:
+        """Write what an overlapped step has left to the next forward."""
+        if self.overlap is not None:
+            self.overlap.finish()
+
     def refuse_torn(self) -> None:
         """Raise RuntimeError if a step was broken off, because its state is worth no further step and no checkpoint."""
         if self.torn:
             raise RuntimeError(
-                "The last step was broken off while ranks exchanged matrices, so momentum has moved and weights have not, or not "
-                "all that need more than max_batch_bytes: start the ranks again and load the last checkpoint."
+                "The last step was broken off while ranks exchanged matrices, so momentum has moved and weights have not, or "
+                "not all where that needs more than max_batch_bytes / 8: start the ranks again and load the last checkpoint."
             )
 
     @property
@@ -224,7 +233,10 @@ class Ranks:
                 dist.get_rank(crew.host),
                 failed=failure is not None,
                 fingerprint=zlib.crc32(repr((numbers, crew.identity)).encode()),
+                ahead=self.overlap.ahead(crew) if self.overlap is not None else (0, 0),
             )
+            if self.overlap is not None:
+                self.overlap.agreed(crew, verdict.ahead)
             if failure is None and verdict.failed is not None:
                 failure = RuntimeError(
                     f"Rank {verdict.failed} of the process group has refused this step; its own error says why. No weight was "
@@ -244,6 +256,8 @@ class Ranks:
                 if verdict.present[i]:
                     decided[m.number] = (there and not verdict.bad[i], None if free[i] else flags[i])
         if failure is not None:
+            if self.overlap is not None:
+                self.overlap.drop()
             raise failure
         return decided
 
@@ -281,7 +295,11 @@ class Ranks:
             if crew.team is not None:
                 # Until all has arrived: a rank that dies leaves momentum ahead of the weights.
                 self.torn = True
-                waiting += crew.team.arrive(moving, context)
+                if self.overlap is not None:
+                    self.overlap.step(crew, moving, context)
+                    waiting += crew.team.together(moving, context)
+                else:
+                    waiting += crew.team.arrive(moving, context)
         self.torn = False
         for computed in waiting:
             computed.write_()

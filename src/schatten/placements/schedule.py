@@ -27,8 +27,9 @@ from schatten.state import COUNTERS, LOST, leading
 # Names under which what is no state travels; no slot may call its state so.
 SIGNAL, UPDATE, GRADIENT, WEIGHT = "a signal", "an update", "a gradient", "a weight"
 
-# Held per entry of a bucket while it travels, beside the batch: what is sent and received, there and back, in fp32.
-TRAVEL_BYTES = 16
+# The share of what a step may allocate that goes to buckets on their way; the rest is for batches at their owners and for
+# updates that wait to be written. `tests/distributed/test_memory.py` measures what comes of it.
+TRAVEL_SHARE = 3 / 8
 
 
 class Traveller(NamedTuple):
@@ -101,14 +102,32 @@ def whole_step(rule: Rule) -> bool:
 
 def schedule(travellers: Sequence[Traveller], rank: int, ranks: int, max_bytes: int) -> list[Bucket]:
     """The buckets of `travellers` as `rank` of `ranks` sees them, the last layers first, as their gradients are."""
-    found, loads = [], [0.0] * ranks
+    loads = [0.0] * ranks
+    return [_bucket(_assigned(items, ranks, loads), rank, ranks) for items in in_buckets(travellers, ranks, max_bytes)]
+
+
+def in_buckets(travellers: Sequence[Traveller], ranks: int, max_bytes: int) -> list[list[tuple[Item, Sequence[float]]]]:
+    """The items of each bucket, without owners yet, with the cost of each block; of a step that may allocate `max_bytes`."""
+    found = []
     for dtype in dict.fromkeys(t.dtype for t in travellers):
-        same = [t for t in reversed(travellers) if t.dtype == dtype]
-        sized = [(t, math.prod(t.shape), max(math.prod(piece.blocks[1:]) for piece in t.pieces)) for t in same]
-        for members in buckets(sized, ranks, max_bytes // TRAVEL_BYTES):
-            items = _assigned([_item(t, p) for t in members for p in range(len(t.pieces))], ranks, loads)
-            found.append(_bucket(items, rank, ranks))
+        items = [[_item(t, p) for p in range(len(t.pieces))] for t in reversed(travellers) if t.dtype == dtype]
+        sized = [(own, *_bytes(own, dtype.itemsize)) for own in items]
+        members = buckets(sized, ranks, int(max_bytes * TRAVEL_SHARE))
+        found += [[item for own in bucket for item in own] for bucket in members]
     return found
+
+
+def _bytes(items: Sequence[tuple[Item, Sequence[float]]], itemsize: int) -> tuple[int, int]:
+    """What a parameter takes on all ranks while it travels, and one block of it on its owner."""
+    entries = block = 0
+    for item, _ in items:
+        copies = item.traveller.weights.copies
+        for fields in (item.incoming, item.outgoing):
+            for spread in fields.values():
+                size = sum(len(b.rows) * len(b.columns) for b in spread.blocks)
+                entries += size * (1 + spread.on.copies)
+                block = max(block, size // len(spread.blocks) * (1 + copies))
+    return entries * itemsize, block * itemsize
 
 
 def _item(t: Traveller, p: int) -> tuple[Item, Sequence[float]]:

@@ -32,9 +32,10 @@ class Team:
         max_bytes: int,
     ) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.wire = Wire(group, rank, size, device, max_bytes)
+        self.wire = Wire(group, group, rank, size, device, max_bytes // 2)
         self.buckets = schedule(travellers, rank, size, max_bytes)
-        self.slabs = slabs(spread, size, device, max_bytes)
+        self.slabs = slabs(spread, size, device, max_bytes // 2)
+        self.may_wait = max_bytes // 8
 
     def fingerprint(self) -> int:
         """Of what every rank must have alike."""
@@ -46,7 +47,7 @@ class Team:
         """Compute a step of the parameters in `moving`, which must be the same on every rank, and what is left to write.
 
         Nothing is written before all of it has arrived, so that a rank that dies leaves the others' weights as they were,
-        unless it takes more than `max_bytes`: then each bucket is written when the next one has been computed.
+        unless they take more than an eighth of `max_bytes`: then each bucket is written when the next one has been computed.
         """
         held = sum(local.p.numel() * local.traveller.dtype.itemsize for local in moving.values())
         waiting: list[Flight | Slab] = []
@@ -62,11 +63,14 @@ class Team:
             if computed is not None:
                 computed.arrive()
                 waiting.append(computed)
-                if held > self.wire.max_bytes:
+                if held > self.may_wait:
                     waiting.pop().write_()
             started, computed = fresh, started
-        for slab in self.slabs:
-            here = Slab(self.wire, slab, moving, context)
-            here.compute()
-            waiting.append(here)
-        return waiting
+        return [*waiting, *self.together(moving, context)]
+
+    def together(self, moving: Mapping[int, Local], context: Context) -> list[Slab]:
+        """The part of the step that all ranks compute together, and what is left to write."""
+        found = [Slab(self.wire, slab, moving, context) for slab in self.slabs]
+        for slab in found:
+            slab.compute()
+        return found
