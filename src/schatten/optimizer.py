@@ -6,7 +6,7 @@ functional AdamW. Nothing in a step waits for the device: a non-finite gradient 
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from schatten.groups import (
     unpack,
 )
 from schatten.layout import Layout, Piece, pieces
-from schatten.placements import Context, Ranks
+from schatten.placements import Context, Overlap, Ranks
 from schatten.retractions import decays_explicitly
 from schatten.retractions.core import lr_of
 from schatten.routing import Plan, plan
@@ -178,8 +178,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.plan = Plan.of_groups(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._ranks.settle()
         own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
-        own["_ranks"] = Ranks(self._ranks.placement, None) if self._ranks.placement == "local" else Ranks(None, None)
+        own["_ranks"] = self._ranks
         return {**super().__getstate__(), **own, "_seen": [], "_looked_at": -1}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
@@ -268,7 +269,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
-        checks = [self._ranks.refuse_torn, self._check_edits, self._follow_replaced, self._find_ranks]
+        checks = [self._ranks.settle, self._ranks.refuse_torn, self._check_edits, self._follow_replaced, self._find_ranks]
         if closure is not None:
             # Ranks that evaluate while another has refused would wait for it.
             self._decided(checks)
@@ -322,6 +323,42 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 index += 1
         return hooks
 
+    def overlap(self, model: nn.Module, *, backward: bool = True) -> Overlap:
+        """Let what ranks send each other for a step travel while `model` computes (docs/overlap.md).
+
+        In `backward` a bucket of matrices sets out as soon as the last of its gradients is reduced (FSDP2, HSDP and tensor
+        parallel; a DistributedDataParallel module reduces later). Updates come back while the next forward runs, and are
+        written before the module that reads them. Weights after a step are the same, to the last bit.
+
+        Not in `backward` if gradients are changed after it: with `backward=False` they may be accumulated, clipped and
+        unscaled, and only updates overlap. Takes up to eight bytes for each entry of this rank's share beside
+        `max_batch_bytes`. Returns the hooks, a context; `close()` removes them, `finish()` brings all updates in, `discard()`
+        takes no step with the last gradients. All ranks call these together.
+
+        Raises TypeError for a preset that evaluates gradients in `step`, ValueError for a model without the parameters.
+
+        Example:
+            >>> import torch, schatten
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+            >>> opt = schatten.Muon(model)  # of fully_shard(model), on several ranks
+            >>> with opt.overlap(model):
+            ...     for _ in range(2):
+            ...         model(torch.ones(1, 4)).sum().backward()
+            ...         opt.step()
+            ...         opt.zero_grad()
+        """
+        if backward and type(self).evaluate is not SpectralOptimizer.evaluate:
+            raise TypeError(
+                f"{type(self).__name__} evaluates gradients in step(), so backward has none to send: pass backward=False."
+            )
+        if self._ranks.overlap is not None:
+            raise RuntimeError("Steps overlap with a model already: close() what overlap() has returned first.")
+        self._check_edits()
+        self._follow_replaced()
+        self._find_ranks()
+        self._ranks.overlap = Overlap(self, model, backward)
+        return self._ranks.overlap
+
     @torch.no_grad()
     def _step_now_(self, g: int, index: int, p: Tensor) -> None:
         group = self.param_groups[g]
@@ -351,6 +388,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 check()
         except Exception as error:
             failure = error
+            if self._ranks.seen is None:
+                # The others are about to ask, in their first step too.
+                with suppress(Exception):
+                    self._find_ranks()
         squares = [
             group["algorithm"] == "adamw" or getattr(self.rule(group).signal, "squares", False)
             for group in (self.param_groups if self._ranks.crews and failure is None else ())
@@ -360,6 +401,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _find_ranks(self) -> None:
         seen = [(seen.options, seen.forms) for seen in self._seen]
         self._ranks.look(self.param_groups, self.state, self.rule, seen, self.max_batch_bytes)
+        if self._ranks.overlap is not None:
+            self._ranks.overlap.follow()
 
     def _step_on_ranks_(self, decided: Mapping[int, tuple[bool, Tensor | None]]) -> None:
         """Step the parameters that several ranks hold."""
@@ -384,6 +427,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 _refuse_gradient(p, name_of(group, i))
+        if self._ranks.overlap is not None:
+            self._ranks.overlap.check()
 
     def _step_parameters_(self, indexed: Iterable[tuple[int, Tensor]], group: Mapping[str, Any], room: Room) -> None:
         """Step those parameters of a group that have a gradient; each comes with its place in the optimizer."""
@@ -435,6 +480,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self._recorder.every = every
             if self._step_number() % every:
                 return None
+        self._ranks.settle()
         self._follow_replaced()
         return metrics.read(self, self._recorder)
 
@@ -450,6 +496,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             >>> all(check.ok for check in opt.self_test())
             True
         """
+        self._ranks.settle()
         return self_test(self)
 
     def _step_number(self) -> int:
@@ -459,6 +506,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only; each spectral group carries the text of its rule (`schatten.checkpoint`)."""
+        self._ranks.settle()
         self._follow_replaced()
         self._ranks.refuse_torn()
         return checkpoint.exported(super().state_dict(), self.param_groups, self.rule)
@@ -469,6 +517,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         lr, momentum and every other number come from the checkpoint; the rule must agree. Raises ValueError, before
         anything changes, for another rule, another optimizer's state or parameters that do not match.
         """
+        self._ranks.settle()
         self._follow_replaced()
         if converters.is_torch_muon(state_dict):
             state_dict = converters.from_torch_muon(state_dict, self)

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from schatten.metrics import Recorder
 
 
-def signals_(whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None) -> Tensor:
-    """The signals of equal blocks, (members, blocks, fan_out, fan_in), whose new state is kept.
+def signals_(
+    whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None, *, keep: bool = True
+) -> Tensor:
+    """The signals of equal blocks, (members, blocks, fan_out, fan_in), whose new state is kept unless `keep` is False.
 
     `scale` is a GradScaler's. The result may lie in `room`, until the next batch.
     """
@@ -26,7 +28,8 @@ def signals_(whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scal
     S = None
     for part, at in places(own):
         signal, new_state = rule.signal(part.gradients(group["maximize"], scale), part.state(), group)
-        part.keep_state_(new_state)
+        if keep:
+            part.keep_state_(new_state)
         if len(own) == 1:
             S = signal
         else:

@@ -1,9 +1,6 @@
-"""What one rank of `test_ef21_muon_ranks.py` does: `python ef21_muon_ranks.py RANK SIZE FOLDER` saves what it saw there."""
+"""What one rank of `test_ef21_muon_ranks.py` does: `of_rank` returns what it saw."""
 
 import copy
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -159,19 +156,13 @@ def refusals(rank):
     }
 
 
-def main(rank, size, folder):
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
-    found = {choice: trained(choice, rank) for choice in CHOICES}
-    found["nan"] = trained("both ways", rank, with_nan(rank))
-    found["missing"] = trained("both ways", rank, with_missing(rank))
-    found["resumed"] = resumed(rank)
-    found["blocks"] = with_worker_blocks(rank)
-    found["groups"] = in_groups(rank)
-    found["refusals"] = refusals(rank)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+def of_rank(rank, size):
+    return {
+        **{choice: trained(choice, rank) for choice in CHOICES},
+        "nan": trained("both ways", rank, with_nan(rank)),
+        "missing": trained("both ways", rank, with_missing(rank)),
+        "resumed": resumed(rank),
+        "blocks": with_worker_blocks(rank),
+        "groups": in_groups(rank),
+        "refusals": refusals(rank),
+    }

@@ -26,14 +26,6 @@ T = TypeVar("T")
 # How long a rank waits for another in a collective.
 PATIENCE = timedelta(seconds=20)
 
-PRELOADED = (
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "torch.nn.parallel",
-    "schatten",
-)
-
 
 def run(
     function: Callable[..., Any],
@@ -51,7 +43,7 @@ def run(
     they take longer than `timeout` seconds. Warnings are errors.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes: list[BaseProcess] = [
@@ -111,7 +103,6 @@ def _rank(function: Callable[..., Any], rank: int, size: int, folder: Path, pati
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor")  # TODO remove
     # Ranks share the cores: with a thread for each core they are slower. Of the environment torch has read this long ago.
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,14 +1,11 @@
 """EF21-Muon on two gloo ranks with gradients of their own: they stay bitwise equal and are one process with two workers."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from schatten.compressors import Identity
 from tests.distributed import ef21_muon_ranks as ranks
+from tests.distributed.ranks import run
 
 SIZE = 2
 
@@ -28,24 +25,9 @@ def counts(run):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each rank saw. A file is their meeting point: no port can be taken."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(SIZE):
-        command = [sys.executable, ranks.__file__, str(rank), str(SIZE), str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        # A rank waits 20 seconds for the other at most.
-        outputs = [process.communicate(timeout=90)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
+def found():
+    """What each rank saw."""
+    return run(ranks.of_rank, SIZE)
 
 
 def simulated(choice, change=lambda worker: lambda step, own: own):

@@ -1,14 +1,6 @@
-"""A model with a layer that never gets a gradient, its training, and `torch.distributed.checkpoint` folders of it.
-
-`python dcp_runs.py RANK SIZE FOLDER` is one rank of `test_dcp.py`: it trains under DDP, saves, resumes, and saves what it saw.
-"""
-
-import sys
-from datetime import timedelta
-from pathlib import Path
+"""A model with a layer that never gets a gradient, its training, and `torch.distributed.checkpoint` folders of it."""
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -62,9 +54,8 @@ def values(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def main(rank, size, folder):
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
+def of_rank(rank, size, folder):
+    """Trains under DDP, saves, resumes from `folder`, and returns the weights then and without the interruption."""
 
     def wrapped():
         model, opt = start()
@@ -73,14 +64,9 @@ def main(rank, size, folder):
     model, opt = wrapped()
     train(model, opt, range(3), rank)
     saved = values(model)
-    save(model, opt, folder / "checkpoint")
+    save(model, opt, folder)
     train(model, opt, range(3, 6), rank)
     twin, twin_opt = wrapped()
-    load(twin, twin_opt, folder / "checkpoint")
+    load(twin, twin_opt, folder)
     train(twin, twin_opt, range(3, 6), rank)
-    torch.save({"saved": saved, "uninterrupted": values(model), "resumed": values(twin)}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    return {"saved": saved, "uninterrupted": values(model), "resumed": values(twin)}

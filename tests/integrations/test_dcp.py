@@ -3,10 +3,6 @@
 torch's own [Muon, AdamW] cannot be loaded so while a layer has had no gradient; here state is there from the first moment.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -16,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import schatten
+from tests.distributed.ranks import run
 from tests.integrations import dcp_runs as runs
 
 # torch says that it saves and loads in a single process, which is meant.
@@ -98,23 +95,9 @@ def test_unequal_blocks_keep_the_names_of_their_state(options):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """A folder that two ranks under DDP saved, and what each saw. A file is their meeting point: no port can be taken."""
+    """A folder that two ranks under DDP saved, and what each saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(2):
-        command = [sys.executable, runs.__file__, str(rank), "2", str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        # A rank waits 20 seconds for the other at most.
-        outputs = [process.communicate(timeout=90)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, run(runs.of_rank, 2, folder)
 
 
 def test_two_ranks_under_ddp_resume_to_the_uninterrupted_run_and_agree(ranks):
@@ -127,7 +110,7 @@ def test_two_ranks_under_ddp_resume_to_the_uninterrupted_run_and_agree(ranks):
 def test_one_process_loads_what_two_ranks_have_saved(ranks):
     folder, (first, _) = ranks
     model, opt = runs.start()
-    runs.load(model, opt, folder / "checkpoint")
+    runs.load(model, opt, folder)
     assert all(torch.equal(p, q) for p, q in zip(runs.values(model), first["saved"], strict=True))
     assert [group["step"] for group in opt.param_groups] == [3, 3]
     assert set(opt.metrics()["without_gradient"]) == {"unused.weight", "unused.bias"}

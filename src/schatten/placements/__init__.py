@@ -5,6 +5,7 @@ to it, what the holders need travels back, in one collective each for a bucket o
 """
 
 from schatten.placements.flight import Context
+from schatten.placements.overlap import Overlap
 from schatten.placements.ranks import PLACEMENTS, Ranks
 
-__all__ = ["PLACEMENTS", "Context", "Ranks"]
+__all__ = ["PLACEMENTS", "Context", "Overlap", "Ranks"]

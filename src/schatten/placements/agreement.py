@@ -5,6 +5,7 @@ some rank has refused the step, is decided by all together: a rank that raised a
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,15 @@ import torch.distributed as dist
 
 class Verdict(NamedTuple):
     """Of each parameter: whether some rank has a gradient, whether some rank has none, whether one is known to be not
-    finite. `failed` is a rank that refuses the step, None for none; `different` says whether ranks have other numbers."""
+    finite. `failed` is a rank that refuses the step, None for none; `different` says whether ranks have other numbers;
+    `ahead` has the most that any rank has done of the step already."""
 
     present: list[bool]
     absent: list[bool]
     bad: list[bool]
     failed: int | None
     different: bool
+    ahead: tuple[int, int]
 
 
 def agree(
@@ -30,16 +33,20 @@ def agree(
     *,
     failed: bool,
     fingerprint: int,
+    ahead: tuple[int, int] = (0, 0),
 ) -> Verdict:
-    """One all-reduce, on the host, of what this rank has of each parameter, of its refusal and of a `fingerprint` < 2^62."""
+    """One all-reduce, on the host, of what this rank has of each parameter, of its refusal, of a `fingerprint` < 2^62, and of
+    how many buckets it has sent to their owners and computed `ahead` of the step.
+    """
     n = len(present)
-    own = [*present, *(not p for p in present), *bad, (rank + 1) * failed, fingerprint, -fingerprint]
+    own = [*present, *(not p for p in present), *bad, *ahead, (rank + 1) * failed, fingerprint, -fingerprint]
     flags = torch.tensor([int(x) for x in own], dtype=torch.int64)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     # On the host from the start: nothing waits for a device.
-    *found, who, high, low = flags.tolist()
+    *found, sent, computed, who, high, low = flags.tolist()
     seen = [bool(x) for x in found]
-    return Verdict(seen[:n], seen[n : 2 * n], seen[2 * n :], who - 1 if who else None, high != -low)
+    others = (who - 1 if who else None, high != -low, (sent, computed))
+    return Verdict(seen[:n], seen[n : 2 * n], seen[2 * n :], *others)
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -49,9 +56,16 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return new_group(dist.get_process_group_ranks(group), backend="gloo")
 
 
-def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+def group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Another group of the same ranks, backends and patience, which they must all ask for."""
+    ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
+    # Torch has no public way to ask for it, and its default is half an hour.
+    return new_group(ranks, backend, group._get_backend(device).options._timeout)
+
+
+def new_group(ranks: Sequence[int], backend: str | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
     """A group of these ranks, each of which must ask for it; no other rank has to."""
-    group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    group = dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)
     if not isinstance(group, dist.ProcessGroup):
         raise RuntimeError(f"torch.distributed made no group of the ranks {list(ranks)}, to which this one belongs.")
     return group

@@ -98,7 +98,9 @@ def replicate(
     own = -(-blocks // ranks)
     collectives = -(-blocks // (bucket or blocks))
     exchange = collectives * machine.collective(own / collectives * size * (ranks - 1), ranks)
-    return machine.seconds(operations, blocks) <= machine.seconds(operations, own) + exchange
+    # A rank's own go in, and out to every rank; those of all come back.
+    pieces = own * (2 + ranks) + blocks
+    return machine.seconds(operations, blocks) <= machine.seconds(operations, own) + exchange + pieces * machine.host
 
 
 def _counted(rule: Rule, fan_out: int, fan_in: int) -> Work:

@@ -70,6 +70,7 @@ class Gathering:
         self.work = gather(self.received, self.sent, group=group, async_op=True)
 
     def wait(self) -> list[Tensor]:
+        assert self.work is not None
         self.work.wait()
         del self.work, self.sent
         return [share[:n] for share, n in zip(self.received.view(-1, self.share), self.sizes, strict=True)]

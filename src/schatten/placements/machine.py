@@ -1,4 +1,4 @@
-"""A machine in ten numbers, and the time it needs for counted work: the model behind placements and `schatten plan`.
+"""A machine in a few numbers, and the time it needs for counted work: the model behind placements and `schatten plan`.
 
 A time is a sum: every operation takes as long as its arithmetic or its memory traffic, whichever is longer, plus a launch;
 every collective its latency plus the bytes that a rank sends over the bandwidth. Nothing is hidden behind anything else.
@@ -33,6 +33,7 @@ class Machine:
         memory_bandwidth: bytes/s of work on entries, reads and writes together.
         factorisation_flops: FLOP/s in QR, SVD and eigendecompositions.
         launch: seconds that an operation takes whatever its size.
+        host: seconds of Python for each piece of a matrix that is cut out or put in place.
         message: seconds that each further rank adds to a collective.
         node: how many ranks share a node; 1 if all bytes go the same way.
         node_bandwidth: bytes/s within a node.
@@ -52,6 +53,7 @@ class Machine:
     memory_bandwidth: float
     factorisation_flops: float
     launch: float = 0.0
+    host: float = 0.0
     message: float = 0.0
     node: int = 1
     node_bandwidth: float = 1.0
@@ -61,7 +63,7 @@ class Machine:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{field.name} must be a finite number >= 0, got {value!r}.")
-            if value == 0 and field.name not in ("latency", "launch", "message"):
+            if value == 0 and field.name not in ("latency", "launch", "host", "message"):
                 raise ValueError(f"{field.name} must be positive, got {value!r}.")
 
     def seconds(self, operations: Iterable[Operation], matrices: float = 1) -> float:
@@ -87,7 +89,7 @@ class Machine:
 # Data sheet of the H100 SXM: 989 TFLOP/s dense bf16, 3.35 TB/s of memory, 450 GB/s of NVLink each way among the 8 of a node;
 # 50 GB/s (400 Gbit/s) of InfiniBand for each. Assumed to be reached: 60 % of the products' peak, 80 % of the memory's, 70 %
 # of the networks'. Orders of magnitude, no data sheet's: fp32 QR and SVD at 2 TFLOP/s, 30 us for a collective and 1 us for
-# each further rank, 5 us for a kernel.
+# each further rank, 5 us for a kernel, 25 us for a piece.
 H100 = Machine(
     flops=0.6 * 989e12,
     bandwidth=0.7 * 50e9,
@@ -95,12 +97,23 @@ H100 = Machine(
     memory_bandwidth=0.8 * 3.35e12,
     factorisation_flops=2e12,
     launch=5e-6,
+    host=25e-6,
     message=1e-6,
     node=8,
     node_bandwidth=0.7 * 450e9,
 )
 
-# A core of a small server that multiplies in fp32, ranks on one host over gloo: orders of magnitude.
-CPU = Machine(flops=5e10, bandwidth=1e9, latency=3e-4, memory_bandwidth=5e9, factorisation_flops=5e9, launch=5e-6, message=1e-4)
+# A core of a small server, ranks on one host over gloo: what `benchmarks/scaling.py` has measured, but for the products, which
+# take from half of this rate (fp32) to five times it (bf16 where the hardware multiplies that).
+CPU = Machine(
+    flops=2e11,
+    bandwidth=2e9,
+    latency=1e-4,
+    memory_bandwidth=1.2e10,
+    factorisation_flops=1e10,
+    launch=6e-6,
+    host=75e-6,
+    message=5e-5,
+)
 
 MACHINES = {"h100": H100, "h100-nvlink": replace(H100, bandwidth=H100.node_bandwidth), "cpu": CPU}

@@ -97,9 +97,18 @@ class Ranks:
         # Whether a step has failed between ranks, after which momentum is no longer that of the weights.
         self.torn = False
         self.overlap: Overlap | None = None
+        # What overlaps has process groups of its own, by their ranks.
+        self.aside: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         self.crews: list[Crew] = []
         self.seen: Any = None
         self._groups: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy finds again: process groups stay where they are, and all ranks of a job are one without its name."""
+        own = self.process_group
+        if own is not None and dist.get_world_size(own) != dist.get_world_size():
+            raise TypeError("An optimizer whose process_group is not that of all ranks cannot be copied or pickled.")
+        return {**vars(self), "process_group": None, "crews": [], "seen": None, "_groups": {}}
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -195,7 +204,8 @@ class Ranks:
         if self.torn:
             raise RuntimeError(
                 "The last step was broken off while ranks exchanged matrices, so momentum has moved and weights have not, or "
-                "not all where that needs more than max_batch_bytes / 8: start the ranks again and load the last checkpoint."
+                "not all if steps overlap or need more than max_batch_bytes / 8: start the ranks again and load the last "
+                "checkpoint."
             )
 
     @property

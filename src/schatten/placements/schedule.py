@@ -9,7 +9,6 @@ never depend on which gradients there are. What a rule needs decides what travel
 | need whole matrices | gradient, weight, all state | weight, all state |
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple

@@ -14,6 +14,7 @@ from schatten.placements.flight import Context, Flight, Wire
 from schatten.placements.local import Local
 from schatten.placements.schedule import Traveller, schedule
 from schatten.placements.slab import Slab, slabs
+from schatten.solvers.core import working_dtype
 
 
 class Team:
@@ -41,7 +42,9 @@ class Team:
         """Of what every rank must have alike."""
         owners = [[(i.traveller.number, i.suffix, i.piece.blocks, i.owners) for i in b.items] for b in self.buckets]
         together = [[(t.number, p, b) for t, p, b in batch] for slab in self.slabs for batch in slab]
-        return zlib.crc32(repr((owners, together)).encode())
+        # Processors that multiply in different precisions would run different iterations, with other sums on the way.
+        precision = working_dtype(torch.empty(0, device=self.wire.device), "auto")
+        return zlib.crc32(repr((owners, together, precision)).encode())
 
     def arrive(self, moving: Mapping[int, Local], context: Context) -> list["Flight | Slab"]:
         """Compute a step of the parameters in `moving`, which must be the same on every rank, and what is left to write.
