@@ -22,6 +22,8 @@ from schatten.checkpoint_checks import (
 )
 from schatten.groups import SCHEMA, name_of
 from schatten.layout import Layout
+from schatten.placements.meshes import meshes, together
+from schatten.placements.states import placed_as
 from schatten.rule import Rule
 from schatten.state import wide
 
@@ -63,6 +65,23 @@ def exported(packed: dict[str, Any], live_groups: Sequence[Mapping[str, Any]], r
 def imported(
     state_dict: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States, rule_of: RuleOf
 ) -> dict[str, Any]:
+    """`checked`, with fresh tensors for its state, in the precision of an optimizer's own and placed as that is.
+
+    On several ranks all load or none: an error of one is raised there and RuntimeError on the others.
+    """
+    own = meshes(t for p, state in live_state.items() for t in (p, *state.values()))
+    found = together(lambda: checked(state_dict, live_groups, live_state, rule_of), own)
+    placed = {
+        index: {key: placed_as(found["state"][index][key], like, like.dtype) for key, like in live_state[p].items()}
+        for saved, live in zip(found["param_groups"], live_groups, strict=True)
+        for index, p in zip(saved["params"], live["params"], strict=True)
+    }
+    return {**found, "state": placed}
+
+
+def checked(
+    state_dict: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States, rule_of: RuleOf
+) -> dict[str, Any]:
     """`state_dict` checked against an optimizer's groups, state and rules, with its objects in the place of their texts.
 
     Raises ValueError that lists what does not fit: first of the groups, then of the numbers and the state in them.
@@ -82,21 +101,14 @@ def imported(
         problems += [f"group {g}: {problem}" for problem in number_problems(saved, live, groups[g], rule_of)]
     problems += state_problems(saved_groups, live_groups, state, live_state)
     _refuse(problems)
-    casted = {
-        index: {key: value.to(live_state[p][key].dtype) for key, value in state[index].items()}
-        for saved, live in zip(saved_groups, live_groups, strict=True)
-        for index, p in zip(saved["params"], live["params"], strict=True)
-    }
-    return {**state_dict, "state": casted, "param_groups": groups}
+    return {**state_dict, "param_groups": groups}
 
 
-def restore_precision(checked: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States) -> None:
-    """Give state the values of `checked` in their own precision: torch has cast them to that of the parameters."""
-    for saved, live in zip(checked["param_groups"], live_groups, strict=True):
+def restore_precision(loaded: Mapping[str, Any], live_groups: Sequence[Mapping[str, Any]], live_state: States) -> None:
+    """Give state the tensors of `loaded`: torch has cast them to the precision of the parameters."""
+    for saved, live in zip(loaded["param_groups"], live_groups, strict=True):
         for index, p in zip(saved["params"], live["params"], strict=True):
-            for key, value in checked["state"][index].items():
-                # A fresh tensor, so that the optimizer never shares memory with the caller's dictionary.
-                live_state[p][key] = torch.empty(value.shape, dtype=value.dtype, device=p.device).copy_(value)
+            live_state[p].update(loaded["state"][index])
 
 
 def taken_apart(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:

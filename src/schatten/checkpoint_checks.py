@@ -14,6 +14,8 @@ from torch import Tensor
 
 from schatten.groups import check_numbers, name_of
 from schatten.layout import Layout, resolve
+from schatten.placements.local import plain
+from schatten.placements.states import stray
 from schatten.rule import Rule
 from schatten.state import COUNTERS
 
@@ -21,6 +23,9 @@ Groups = Sequence[Mapping[str, Any]]
 
 # What wrappers put into names: DDP and DataParallel, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+# What to do about such a part in a file.
+WHOLE = "load the file that this rank saved, or save by schatten.save or torch.distributed.checkpoint (docs/checkpoints.md)"
 
 
 def is_number(value: Any) -> bool:
@@ -189,10 +194,20 @@ def state_problems(
                 problems.append(f"{who}: its number {index!r} is another parameter's too.")
             elif index not in state:
                 problems.append(f"{who}: has no state, needs {', '.join(live_state[p])}.")
+            elif part := _part_problem(state[index], live_state[p]):
+                return [f"{who}: {part}. All other tensors may be such parts too: {WHOLE}."]
             elif wrong := _entry_problems(state[index], live_state[p]):
                 problems.append(f"{who}: {'; '.join(wrong)}.")
             seen.add(index)
     return problems + [f"State of no parameter, number {index!r}." for index in state if index not in seen]
+
+
+def _part_problem(entry: Any, own: Mapping[str, Tensor]) -> str | None:
+    """The first of a parameter's tensors that is another rank's part."""
+    for key, t in own.items():
+        if isinstance(entry, Mapping) and isinstance(value := entry.get(key), Tensor) and (why := stray(value, t)):
+            return f"{key} {why}"
+    return None
 
 
 def _entry_problems(entry: Any, own: Mapping[str, Tensor]) -> list[str]:
@@ -208,7 +223,7 @@ def _entry_problems(entry: Any, own: Mapping[str, Tensor]) -> list[str]:
 
 
 def _tensor_problem(key: str, value: Any, own: Tensor) -> str | None:
-    if not isinstance(value, Tensor) or not _has_values(value):
+    if not isinstance(value, Tensor) or not _has_values(plain(value)):
         return f"is no dense tensor but {value if isinstance(value, Real) else type(value).__name__}"
     if value.shape != own.shape:
         return f"has shape {tuple(value.shape)}, not {tuple(own.shape)}"
@@ -216,7 +231,8 @@ def _tensor_problem(key: str, value: Any, own: Tensor) -> str | None:
         return f"is {value.dtype}, not {own.dtype}"
     if not own.is_floating_point():
         return None
-    value = value.to(own.dtype)
+    # Each rank looks at its own part.
+    value = plain(value).to(own.dtype)
     if not bool(value.isfinite().all()):
         return "has inf or nan"
     if (key in COUNTERS and not _counts(value)) or ("_sq" in key and bool((value < 0).any())):

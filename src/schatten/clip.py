@@ -5,13 +5,16 @@ c G alike: there clipping changes no step but the balance of steps in the moment
 gradients clips AdamW's by the size of Muon's. So both norms are reported, and each part is clipped by its own or not at all.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from schatten.placements.gather import total_norms
+from schatten.placements.local import plain
 from schatten.rule import Rule
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ def clip_grad_norm_(opt: "SpectralOptimizer", max_norm: float, *, norm_type: flo
     Norms are taken without overflow and nothing waits for the device. Where the norm of a part is not finite, that part is
     left alone: `step` skips the parameters that made it so. After a GradScaler's `unscale_`, before its `step`.
 
+    Norms of DTensors (FSDP2, HSDP, tensor parallel) are those of the whole gradients, by one small collective for each mesh:
+    all ranks must call this. What other pipeline stages hold is not counted.
+
     Raises ValueError for a max_norm that is no number >= 0 (infinity only measures) or a norm_type that is not positive.
 
     Example:
@@ -66,14 +72,16 @@ def clip_grad_norm_(opt: "SpectralOptimizer", max_norm: float, *, norm_type: flo
             part = adamw
         else:
             part = kept if scale_free(opt.rule(group), group["weight_decay"]) else clipped
-        part += [p for p in group["params"] if p.grad is not None]
-    norms = [_norms(part, norm_type) for part in (adamw, clipped, kept)]
-    for part, norm in ((adamw, _total(norms[0], norm_type)), (clipped, _total(norms[1], norm_type))):
-        if part:
-            norm = norm.to(torch.promote_types(part[0].dtype, torch.float32))
+        part += group["params"]
+    parts = [[(p, _norm(p, norm_type)) for p in part] for part in (adamw, clipped, kept)]
+    norms = total_norms(parts, norm_type)
+    for part, norm in zip((adamw, clipped), norms, strict=False):
+        if own := [_holder(p.grad) for p in part if p.grad is not None]:
+            norm = norm.to(torch.promote_types(own[0].dtype, torch.float32))
             # Zero stands for a norm that is not finite: its factor is max_norm / 1e-6, clamped at 1.
-            torch.nn.utils.clip_grads_with_norm_(part, max_norm, torch.where(norm.isfinite(), norm, 0.0))
-    return GradNorms(_total(norms[0], norm_type).float(), _total(norms[1] + norms[2], norm_type).float())
+            torch.nn.utils.clip_grads_with_norm_(own, max_norm, torch.where(norm.isfinite(), norm, 0.0))
+    spectral = torch.linalg.vector_norm(torch.stack([norm.to(norms[1].device) for norm in norms[1:]]), norm_type)
+    return GradNorms(norms[0].float(), spectral.float())
 
 
 def scale_free(rule: Rule, weight_decay: float = 0.0) -> bool:
@@ -131,24 +139,26 @@ def _matrix(seed: int) -> Tensor:
     return torch.arange(1, 13, dtype=torch.float64, device="cpu").mul(seed + 0.7).sin().view(1, 1, 4, 3)
 
 
-def _norms(params: Iterable[Tensor], norm_type: float) -> list[Tensor]:
-    """The norm of each gradient in fp64, where no square of an fp32 number overflows."""
-    found = []
-    for p in params:
-        assert p.grad is not None
-        values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-        norm = None
-        if values.device.type == "cpu":
-            # A CPU may look whether fp32 was enough, which takes a fifth of the time of fp64.
-            norm = torch.linalg.vector_norm(values, norm_type, dtype=torch.promote_types(values.dtype, torch.float32))
-        if norm is None or not SAFE[0] < float(norm) < SAFE[1]:
-            norm = torch.linalg.vector_norm(values, norm_type, dtype=torch.float64)
-        found.append(norm.double())
-    return found
+def _norm(p: Tensor, norm_type: float) -> Tensor:
+    """The norm of this rank's part of a gradient in fp64, where no square of an fp32 number overflows; 0 without one."""
+    grad = p.grad
+    if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    if grad is None or not plain(grad).numel():
+        return torch.zeros((), dtype=torch.float64, device=plain(p.detach()).device)
+    own = plain(grad)
+    values = own.coalesce().values() if own.is_sparse else own
+    if values.device.type == "cpu":
+        # A CPU may look whether fp32 was enough, which takes a fifth of the time of fp64.
+        norm = torch.linalg.vector_norm(values, norm_type, dtype=torch.promote_types(values.dtype, torch.float32))
+        if SAFE[0] < float(norm) < SAFE[1]:
+            return norm.double()
+    return torch.linalg.vector_norm(values, norm_type, dtype=torch.float64)
 
 
-def _total(norms: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The norm of all gradients as one vector, on the device of the first; 0 without any."""
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+def _holder(grad: Tensor) -> Tensor:
+    """What torch's clipping takes for a parameter with this gradient: of a DTensor this rank's part alone, in its memory."""
+    own = plain(grad)
+    holder = own.detach()
+    holder.grad = own
+    return holder

@@ -5,8 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from schatten.placements.local import plain, shard_number
+from schatten.placements.regions import arrangement
+from schatten.placements.states import placed_as
 from schatten.rounding import store_
 
 
@@ -46,7 +51,8 @@ class EMANesterov(torch.optim.Optimizer):
     pass, one step late in lr as said above; lr_max is per group; half-precision weights are handled as said above.
 
     Checkpoints: `state_dict()` is the inner optimizer's with the key "ema_nesterov" added. The model's weights between
-    steps are W'; a run resumes exactly from them. `unshifted()` gives W, for evaluation and for weights to publish.
+    steps are W'; a run resumes exactly from them. `unshifted()` gives W, for evaluation and for weights to publish. Of a
+    DTensor d and W are DTensors placed as it is, and nothing is sent.
 
     Raises TypeError or ValueError for what is no optimizer and for numbers outside their ranges.
 
@@ -140,12 +146,13 @@ class EMANesterov(torch.optim.Optimizer):
             length = self.beta * _relative_lr(group, first_lr)
             for p in group["params"]:
                 path = self._path(p)
-                d, old = path["displacement"], path["weight"]
-                W = p.to(old.dtype)
+                # Of a DTensor this rank's own part: nothing here needs more than entries.
+                d, old, own = (plain(t) for t in (path["displacement"], path["weight"], p.detach()))
+                W = own.to(old.dtype)
                 d.lerp_(W - old, 1 - self.decay)
                 old.copy_(W)
                 if self.shifted:
-                    store_(p, old + length * d, "stochastic", _seed(self.steps, index))
+                    store_(own, old + length * d, "stochastic", _seed(self.steps, _number(p, index)))
                 index += 1
 
     @contextmanager
@@ -154,6 +161,9 @@ class EMANesterov(torch.optim.Optimizer):
 
         Changes made to the weights within it are lost, and `step()` raises RuntimeError. If the last step shifted nothing
         it does nothing.
+
+        Under FSDP2 the outermost module keeps the weights it has gathered until a backward, so after an evaluation it would go
+        on with W: shard it by `fully_shard(model, reshard_after_forward=True)`, or call `model.reshard()` at the end.
         """
         if not self.shifted or self._evaluating:
             yield
@@ -205,10 +215,12 @@ class EMANesterov(torch.optim.Optimizer):
         self._first_lr = list(own["first_lr"])
         for p, path in zip(params, own["paths"], strict=True):
             for key, value in self._path(p).items():
-                value.copy_(path[key])
+                value.copy_(placed_as(path[key], value, value.dtype))
 
     def _follow_groups(self) -> None:
-        """Begin the paths of parameters that the inner optimizer has and this does not know yet."""
+        """Begin the paths of parameters that the inner optimizer has and this does not know yet, and end those of others, as
+        of parameters that a wrapper has sharded.
+        """
         for group in self.param_groups[len(self._first_lr) :]:
             lr = group["lr"]
             self._first_lr.append(lr.clone() if isinstance(lr, Tensor) else lr)
@@ -217,6 +229,7 @@ class EMANesterov(torch.optim.Optimizer):
                 if p not in self._paths:
                     W = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
                     self._paths[p] = {"displacement": torch.zeros_like(W), "weight": W}
+        self._paths = {p: self._paths[p] for group in self.param_groups for p in group["params"]}
 
     def _path(self, p: Tensor) -> dict[str, Tensor]:
         path = self._paths[p]
@@ -233,6 +246,14 @@ def _relative_lr(group: Mapping[str, Any], first_lr: float | Tensor) -> float | 
         ratio = torch.as_tensor(lr / lr_max).reshape(())
         return torch.where(ratio.isnan(), 0.0, ratio).clamp(max=1.0)
     return min(1.0, lr / lr_max) if lr_max else float(lr > 0)
+
+
+def _number(p: Tensor, index: int) -> int:
+    """What tells the noise of one parameter from another's, and of one shard from another's."""
+    if not isinstance(p, DTensor):
+        return index
+    ranks = sorted(p.device_mesh.mesh.flatten().tolist())
+    return shard_number(index, arrangement(p), ranks.index(dist.get_rank()))
 
 
 def _seed(step: int, index: int) -> int:

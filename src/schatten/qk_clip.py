@@ -3,7 +3,11 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from schatten.placements.local import plain
+from schatten.placements.states import cut
 
 
 @torch.no_grad()
@@ -53,6 +57,9 @@ def qk_clip_(
     check `max_logits` itself. Factors are applied in fp32 and rounded once to the weights' precision. It has no effect
     where queries and keys are normalised after the projection. Raises ValueError for shapes that do not fit.
 
+    Weights and biases may be DTensors (FSDP2, tensor parallel), each rank scaling the rows it has; every rank must pass the
+    maxima of all heads, over all ranks. Raises TypeError for a slice of a DTensor, which is a copy.
+
     Example:
         >>> import torch, schatten
         >>> query, key = torch.ones(4, 3), torch.ones(4, 3)  # two heads of two rows
@@ -63,6 +70,14 @@ def qk_clip_(
     """
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive and finite, got {threshold}.")
+    for name, W in (("query", query), ("key", key), ("query_bias", query_bias), ("key_bias", key_bias)):
+        if isinstance(W, DTensor) and not isinstance(W, nn.Parameter):
+            raise TypeError(
+                f"{name} of shape {tuple(W.shape)} is a DTensor that is no parameter: a slice of a sharded weight is a copy, "
+                f"and scaling it would change nothing. Keep query and key as weights of their own and pass these."
+            )
+    if isinstance(max_logits, DTensor):
+        max_logits = max_logits.full_tensor()
     heads, key_heads = _heads(query, key, max_logits, rotary, values)
     for name, bias, weight in (("query_bias", query_bias, query), ("key_bias", key_bias, key)):
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -74,22 +89,23 @@ def qk_clip_(
     gamma = torch.where(over, (threshold / largest).clamp(min=torch.finfo(exact).tiny), 1.0)
     shared = gamma.view(key_heads, -1).amax(1).sqrt()
     own = gamma / shared.repeat_interleave(heads // key_heads)
-    for W in (query, query_bias):
+    keyed = query.shape[0] // heads - rotary
+    of_query = torch.cat([own.unsqueeze(1).expand(-1, keyed), gamma.unsqueeze(1).expand(-1, rotary)], 1)
+    of_key = shared.unsqueeze(1).repeat(1, key.shape[0] // key_heads)
+    of_key[:, of_key.shape[1] - values :] = 1
+    for W, factors in ((query, of_query), (query_bias, of_query), (key, of_key), (key_bias, of_key)):
         if W is not None:
-            rows = W.view(heads, -1, *W.shape[1:])
-            keyed = rows.shape[1] - rotary
-            _scale_rows_(rows[:, :keyed], own)
-            _scale_rows_(rows[:, keyed:], gamma)
-    for W in (key, key_bias):
-        if W is not None:
-            rows = W.view(key_heads, -1, *W.shape[1:])
-            _scale_rows_(rows[:, : rows.shape[1] - values], shared)
+            _scale_rows_(W, factors.flatten())
     return gamma
 
 
-def _scale_rows_(rows: Tensor, factors: Tensor) -> None:
-    """Multiply each head of `rows` (heads, rows, ...) by its factor."""
-    rows.copy_(rows * factors.view(-1, *[1] * (rows.ndim - 1)))
+def _scale_rows_(W: Tensor, factors: Tensor) -> None:
+    """Multiply each row of `W`, or of what this rank has of it, by its factor."""
+    if isinstance(W, DTensor):
+        by_rows = tuple(p if getattr(p, "dim", None) == 0 else Replicate() for p in W.placements)
+        factors = plain(cut(factors, W.device_mesh, by_rows))
+    own = plain(W)
+    own.copy_(own * factors.view(-1, *[1] * (own.ndim - 1)))
 
 
 def _heads(query: Tensor, key: Tensor, max_logits: Tensor, rotary: int, values: int) -> tuple[int, int]:

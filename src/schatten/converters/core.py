@@ -158,7 +158,7 @@ def converted(library: Library, opt: Target, adapted: Adapted | None = None) -> 
         saved.update({"maximize": False, **numbers, "step": 0})
     if problems:
         library.refuse(problems)
-    checkpoint.imported(made, opt.param_groups, opt.state, opt.rule)
+    checkpoint.checked(made, opt.param_groups, opt.state, opt.rule)
     return made
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from schatten.blockwise import encode
 from schatten.checkpoint_checks import is_finite, layout_text
 from schatten.layout import Layout, Piece, pieces
+from schatten.placements.local import plain
+from schatten.placements.states import placed_as, stray, whole_of
 from schatten.rule import Rule
 from schatten.signals import Momentum
 from schatten.state import COUNTERS, SCALES, suffixes, wide
@@ -54,8 +56,18 @@ class Source:
 def written(
     source: Source, p: Tensor, group: Mapping[str, Any], rule: Rule | None, own: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """What does not fit of one parameter, and its state: the source's values, zeros where it has none."""
-    state = {key: torch.zeros_like(value) for key, value in own.items()}
+    """What does not fit of one parameter, and its state: the source's values, zeros where it has none.
+
+    State that ranks have divided, there or here, is written whole and then placed as `own`.
+    """
+    problems, state = _written_whole(source, p, group, rule, own)
+    return problems, {key: placed_as(value, own[key], value.dtype) for key, value in state.items()}
+
+
+def _written_whole(
+    source: Source, p: Tensor, group: Mapping[str, Any], rule: Rule | None, own: Mapping[str, Tensor]
+) -> tuple[list[str], dict[str, Tensor]]:
+    state = {key: torch.zeros(t.shape, dtype=t.dtype, device=plain(t).device) for key, t in own.items()}
     parts = pieces(group["layout"] if rule is not None else "flat", tuple(p.shape))
     times, problems = 1.0, []
     if rule is not None and (method := source.method) is not None:
@@ -75,8 +87,10 @@ def written(
             problems.append(f"{key} is no tensor of real numbers but {type(value).__name__}")
         elif tuple(value.shape) != (shape := _shape(key, p, parts[0])):
             problems.append(f"{key} has shape {tuple(value.shape)}, not {shape}")
+        elif problem := stray(value, p):
+            problems.append(f"{key} {problem}: take a state_dict with full_state_dict=True (docs/checkpoints.md)")
         else:
-            value = value.to(p.device, wide(p.dtype))
+            value = whole_of(value, p).to(plain(p.detach()).device, wide(p.dtype))
             _keep_(state, key, value * times if key == "momentum_buffer" else value, p, parts)
     return problems, state
 

@@ -50,8 +50,12 @@ def agree(
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """`group` if it serves tensors of the host, otherwise a gloo group of the same ranks, which they must all ask for."""
-    if "cpu:" in dist.get_backend_config(group):
+    """`group` if it is gloo's alone, otherwise a gloo group of the same ranks, which they must all ask for.
+
+    The host's part of a mixed group is left to others, such as a checkpoint that is saved in the background.
+    """
+    backends = str(dist.get_backend_config(group)).split(",")
+    if "cpu" in str(backends) and all(backend.endswith("gloo") for backend in backends):
         return group
     return new_group(dist.get_process_group_ranks(group), backend="gloo")
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from schatten.batching import batches, finite_gradient
 from schatten.compressors import Compressor, Identity, TopK, message_bytes
@@ -47,10 +49,11 @@ class EF21Muon(SpectralOptimizer):
                 loss(j).backward()
         opt.step()
 
-    Under torch.distributed every rank is one worker, with gradients of its own (no DDP). Messages are gathered on all ranks
-    and each takes the server's step, bit for bit the same on equal hardware; so C_s is computed as a server would, but
-    nothing is sent for it. A parameter that is without gradient on some ranks counts as zero there; one whose gradient is
-    not finite on some is skipped on all. `step` replaces `p.grad` where ranks have to agree; it is never written to.
+    Under torch.distributed every rank is one worker, with gradients of its own: DistributedDataParallel and FSDP, which average
+    them, are refused. Messages are gathered on all ranks and each takes the server's step, bit for bit the same on equal
+    hardware; so C_s is computed as a server would, but nothing is sent for it. A parameter that is without gradient on some
+    ranks counts as zero there; one whose gradient is not finite on some is skipped on all. `step` replaces `p.grad` where
+    ranks have to agree; it is never written to.
 
     Parameters of AdamW groups get the mean gradient, uncompressed. A group may have a compressor of its own, in a rule:
     `{"params": ..., "rule": Rule(ErrorFeedback(RankK(8)), ...)}`.
@@ -106,6 +109,16 @@ class EF21Muon(SpectralOptimizer):
         decay: str | Retraction = "explicit",
         **options: Any,
     ) -> None:
+        if isinstance(params, DistributedDataParallel):
+            raise TypeError(
+                "Each rank is a worker of EF21Muon with gradients of its own, which DistributedDataParallel averages before "
+                "they could be compressed: pass the module itself, and do not wrap it."
+            )
+        if options.get("placement") not in (None, "local"):
+            raise ValueError(
+                f"placement={options['placement']!r} shares the work of one step, but each rank is a worker of EF21Muon with "
+                f"signals of its own and takes the whole step on their mean: leave placement out."
+            )
         size, rank = _place(group)
         if rank is not None and workers != 1:
             raise ValueError(
@@ -149,6 +162,15 @@ class EF21Muon(SpectralOptimizer):
             signal = replace(self._feedback, compressor=rule.signal.compressor)
             param_group = {**param_group, "rule": replace(rule, signal=signal)}
         super().add_param_group(param_group)
+
+    def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        if isinstance(p, DTensor):
+            raise TypeError(
+                f"A worker of EF21Muon compresses gradients of its own of whole matrices, but a parameter of shape "
+                f"{tuple(p.shape)} is divided among ranks ({', '.join(map(str, p.placements))}): give every rank the whole "
+                f"model, or take schatten.Muon, which steps sharded ones."
+            )
+        return super()._fresh_state(p, group)
 
     # -- several workers in this process -------------------------------------------------------------------------------
 

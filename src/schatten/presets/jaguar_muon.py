@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from schatten.maps import L1, Nuclear
 from schatten.optimizer import SpectralOptimizer
@@ -51,7 +53,8 @@ class JaguarMuon(SpectralOptimizer):
     ||W||_op <= 1 / lambda, and |w| <= 1 / lambda for entries of vectors.
 
     Differences from the released code: blocks are the same on every device and rank, and decay is added. The estimate is left
-    in `p.grad` after the step. On several ranks the closure must return the mean of their losses.
+    in `p.grad` after the step. On several ranks under DistributedDataParallel, or with `placement="owners"`, the losses of all
+    are averaged, each of its own samples; otherwise the closure must return their mean.
 
     Args:
         params: a module, all of which it trains, or matrices; other tensors in a group with `layout="flat"`.
@@ -64,7 +67,8 @@ class JaguarMuon(SpectralOptimizer):
         solver, decay: see `Muon`.
         options: of `SpectralOptimizer`.
 
-    Raises RuntimeError in `step` without a closure. State: one tensor per parameter, and a copy of the weights in a step.
+    Raises RuntimeError in `step` without a closure, TypeError for sharded parameters (FSDP2, tensor parallel). State: one
+    tensor per parameter, and a copy of the weights in a step.
 
     Example:
         >>> import torch, schatten
@@ -94,12 +98,26 @@ class JaguarMuon(SpectralOptimizer):
         for name, value, high in (("eps", eps, 1e30), ("share", share, 1.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= high:
                 raise ValueError(f"{name} must be a number in (0, {high:g}], got {value!r}.")
+        if options.get("placement") == "zero1":
+            raise ValueError(
+                "JaguarMuon draws a block of each matrix into its state, which placement='zero1' divides among ranks: take "
+                "placement='owners'."
+            )
         self._map = Nuclear(polynomial() if solver is None else solver)
         self._decay = named(decay)
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, eps=eps, share=share, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_map": self._map, "_decay": self._decay}
+
+    def _fresh_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        if isinstance(p, DTensor):
+            raise TypeError(
+                f"JaguarMuon moves weights and evaluates the loss without a backward, until which FSDP2 goes on with the "
+                f"weights it has gathered, but a parameter of shape {tuple(p.shape)} is divided among ranks "
+                f"({', '.join(map(str, p.placements))}): give every rank the whole model, as in DistributedDataParallel."
+            )
+        return super()._fresh_state(p, group)
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The polar factor for matrices, the sign on the block for what is read as a vector."""
@@ -130,10 +148,19 @@ class JaguarMuon(SpectralOptimizer):
         finally:
             for (_, p), weight in zip(members, kept, strict=True):
                 p.copy_(weight)
+        ahead, behind = self._of_all_ranks(torch.stack(values))
         for group, p in members:
-            rho = (values[0] - values[1]) / (2 * _reach(p, group))
+            rho = (ahead - behind) / (2 * _reach(p, group))
             p.grad = rho.to(p).expand(p.shape)
-        return (values[0] + values[1]) / 2
+        return (ahead + behind) / 2
+
+    def _of_all_ranks(self, losses: Tensor) -> Tensor:
+        """The mean of the losses of the ranks that share a step, each of which has samples of its own."""
+        if self._ranks.placement == "owners":
+            process_group = self._ranks.process_group
+            dist.all_reduce(losses, group=process_group)
+            losses /= dist.get_world_size(process_group)
+        return losses
 
     def _draw_block(self, p: Tensor, group: Mapping[str, Any], index: int) -> Tensor:
         """Draw this step's block into the parameter's state; 1 on it and 0 elsewhere, in the parameter's shape."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
+from schatten.placements.local import plain
+from schatten.placements.states import placed_as
 from schatten.retractions import Retraction, named
 from schatten.rule import Rule
 from schatten.scales import Scale
@@ -47,7 +49,8 @@ class MuonMVR(SpectralOptimizer):
         scale, solver, decay: see `Muon`.
         options: of `SpectralOptimizer`.
 
-    State: two tensors per matrix; with `exact` another copy of every parameter.
+    State: two tensors per matrix; with `exact` another copy of every parameter. On several ranks all of them evaluate alike,
+    with a backward each time: FSDP2's outermost module keeps the weights it has gathered until then.
 
     Example:
         >>> import torch, schatten
@@ -100,7 +103,7 @@ class MuonMVR(SpectralOptimizer):
         state = super()._fresh_state(p, group)
         # Of every parameter: the second gradient is of the whole model at its previous weights.
         if self.exact:
-            state["previous_weight"] = p.detach().to(wide(p.dtype), copy=True, memory_format=torch.contiguous_format)
+            state["previous_weight"] = placed_as(p.detach(), state.get("previous_gradient", p.detach()), wide(p.dtype))
         return state
 
     @contextmanager
@@ -119,7 +122,8 @@ class MuonMVR(SpectralOptimizer):
             p.grad = None
         with torch.no_grad():
             for p in params:
-                p.copy_(self.state[p]["previous_weight"] if self._started else p)
+                if self._started:
+                    p.copy_(placed_as(self.state[p]["previous_weight"], p.detach(), p.dtype))
         try:
             yield
             self._keep_previous_gradients()
@@ -142,7 +146,7 @@ class MuonMVR(SpectralOptimizer):
         for p, group in self._matrices():
             # What this sample did not use at the previous weights had gradient zero there, not that of an earlier step.
             G = torch.zeros_like(p) if p.grad is None else p.grad
-            self.state[p]["previous_gradient"].copy_(-G if group["maximize"] else G)
+            _keep_(self.state[p]["previous_gradient"], -G if group["maximize"] else G)
         self._evaluated = True
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -161,15 +165,24 @@ class MuonMVR(SpectralOptimizer):
         if self._evaluated:
             for p, _ in self._matrices():
                 if p.grad is not None:
-                    # A gradient that was not finite there skips the step as one here does; `p.grad` is replaced, not written.
-                    finite = self.state[p]["previous_gradient"].sum().isfinite()
-                    p.grad = torch.where(finite, p.grad, torch.nan)
-                    self.state[p]["previous_gradient"].nan_to_num_(0.0, 0.0, 0.0)
+                    # A gradient that was not finite there skips the step as one here does, on all ranks if on one; `p.grad` is
+                    # replaced, not written.
+                    previous = plain(self.state[p]["previous_gradient"])
+                    grad = p.grad.clone()
+                    plain(grad).masked_fill_(~previous.sum().isfinite(), torch.nan)
+                    p.grad = grad
+                    previous.nan_to_num_(0.0, 0.0, 0.0)
         self._evaluated = False
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["previous_weight"].copy_(p)
+                _keep_(self.state[p]["previous_weight"], p)
         return loss
+
+
+def _keep_(state: Tensor, value: Tensor) -> None:
+    """Write `value`, of a parameter, into state that may be divided among ranks where the parameter is not."""
+    own = plain(state)
+    own.copy_(plain(placed_as(value.detach(), state, own.dtype)))
 
 
 def _is_exact(rule: Rule) -> bool:

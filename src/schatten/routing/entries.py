@@ -28,6 +28,8 @@ class Entry:
 class Plan:
     """Every trainable parameter with its route and the reason; iterable, and printed as a table.
 
+    `placement` is where an optimizer finds its parameters on several ranks, which is no part of what plans are compared by.
+
     Example:
         >>> import torch, schatten
         >>> print(schatten.plan(torch.nn.Linear(4, 8)))
@@ -41,6 +43,7 @@ class Plan:
 
     entries: tuple[Entry, ...]
     frozen: int = field(default=0)
+    placement: str = field(default="", compare=False)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -99,6 +102,8 @@ class Plan:
             totals.append(f"{route}: {len(sizes)} tensors, {sum(sizes):,} parameters")
         if self.frozen:
             totals.append(f"frozen, not trained: {self.frozen} tensors")
+        if self.placement:
+            totals.append(f"placement: {self.placement}")
         return totals
 
 

@@ -5,10 +5,12 @@ shortened by a clip, decay that is printed and not applied, an lr from elsewhere
 is of the optimizer's own class, so `step` is the real one; the parameters, their gradients and state are only read.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from schatten.placements.meshes import meshes, together
 from schatten.self_test.plan_checks import frozen_checks, needs_more, number_checks, route_checks
 from schatten.self_test.report import Check, Report, SelfTestError
 from schatten.self_test.step_checks import Steps
@@ -39,6 +41,9 @@ def self_test(opt: "SpectralOptimizer") -> Report:
     gradients, such as a closure, it checks routes and numbers alone, and says so. Hooks on `opt` and wrappers around its
     `step` are not called. Memory: about fifteen times one or two parameters of each shape; time: some ten steps of them.
 
+    Parameters that several ranks hold are tested on this process alone, as whole matrices: the rule, the numbers and the plan,
+    not what travels in a step. DTensors are gathered for it, so that all ranks must call this; others need no other rank.
+
     Example:
         >>> import torch, schatten
         >>> from schatten.self_test import self_test
@@ -49,11 +54,18 @@ def self_test(opt: "SpectralOptimizer") -> Report:
     """
     routes = list(route_checks(opt))
     checks = [*routes, *number_checks(opt), *frozen_checks(opt)]
+    if shared := meshes(p for group in opt.param_groups for p in group["params"]):
+        # One rank alone would wait for the others where weights are gathered.
+        together(lambda: _refuse(checks), shared)
     why = needs_more(opt) if all(c.ok for c in routes) else "groups are not the plan's"
     if why is not None:
         checks.append(Check("step", "all", "a step on gradients alone", f"not checked: {why}", None))
     else:
         checks += Steps(opt).checks()
+    return _refuse(checks)
+
+
+def _refuse(checks: Sequence[Check]) -> Report:
     report = Report(tuple(checks))
     if any(c.ok is False for c in report):
         raise SelfTestError(report)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from schatten.layout import Layout
+from schatten.placements import Ranks
+from schatten.placements.gather import whole
 from schatten.self_test.second_path import assembled, logical
 from schatten.state import wide
 
@@ -73,8 +75,9 @@ def subjects(opt: "SpectralOptimizer", layouts: Mapping[str, str | Layout]) -> I
                 yield _subject(name, group["params"][i], layouts.get(name, "-"), own, seed=g << 32 | i)
 
 
+# Of a DTensor all ranks come here, in one order: it is the one thing of a self test that they do together.
 def _subject(name: str, p: Tensor, layout: str | Layout, group: dict[str, Any], seed: int) -> Subject:
-    start = p.detach()
+    start = whole(p.detach())
     if group["algorithm"] == "adamw" and p.numel() > ENTRIES:
         start = start[: max(1, ENTRIES * len(p) // p.numel())]
     copied = nn.Parameter(start.clone())
@@ -113,8 +116,9 @@ class Trial:
     def __init__(self, opt: "SpectralOptimizer", layouts: Mapping[str, str | Layout]) -> None:
         self.subjects = list(subjects(opt, layouts))
         groups = list({id(s.group): s.group for s in self.subjects}.values())
-        # Where deepcopy meets these two it takes what stands here, so no parameter and no state is copied.
-        self.twin = copy.deepcopy(opt, {id(opt.param_groups): groups, id(opt.state): defaultdict(dict)})
+        # Where deepcopy meets these it takes what stands here: no parameter and no state is copied, and no other rank asked.
+        alone = {id(opt.param_groups): groups, id(opt.state): defaultdict(dict), id(opt._ranks): Ranks("local", None)}
+        self.twin = copy.deepcopy(opt, alone)
         self.own = [{key: s.group[key] for key in NUMBERS if key in s.group} for s in self.subjects]
         # What a step has written to that it should only read.
         self.written: list[str] = []
