@@ -25,9 +25,12 @@ check: $(VENV)/dev.done
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-# One script for each framework people train with.
+# One script for each framework people train with; those whose text says torchrun on two processes.
 examples: $(VENV)/dev.done
-	set -e; for script in examples/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+	set -e; for script in examples/*.py; do \
+	  if grep -q 'torchrun --nproc' $$script; then run='torchrun --standalone --nproc-per-node 2'; else run=python; fi; \
+	  echo "== $$run $$script"; OMP_NUM_THREADS=1 $(BIN)/$$run $$script; \
+	done
 
 $(VENV)/lab.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ functional AdamW. Nothing in a step waits for the device: a non-finite gradient 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -176,6 +177,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         if self.plan is None:
             self.plan = Plan.of_groups(self.param_groups)
+        self._find_ranks()
 
     def __getstate__(self) -> dict[str, Any]:
         self._ranks.settle()
@@ -400,7 +402,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _find_ranks(self) -> None:
         seen = [(seen.options, seen.forms) for seen in self._seen]
-        self._ranks.look(self.param_groups, self.state, self.rule, seen, self.max_batch_bytes)
+        if self._ranks.look(self.param_groups, self.state, self.rule, seen, self.max_batch_bytes) and self.plan is not None:
+            self.plan = replace(self.plan, placement=self._ranks.text())
         if self._ranks.overlap is not None:
             self._ranks.overlap.follow()
 

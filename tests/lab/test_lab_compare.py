@@ -122,7 +122,10 @@ def test_a_killed_comparison_resumes_bit_identically(tmp_path):
 
 def test_two_processes_train_as_one(tmp_path):
     options = [*OPTIONS, "--eval-every=10", "--save-every=15", "--optimizers=muon"]
-    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]}
+    launchers = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    }
     losses = []
     for name, launcher in launchers.items():
         command = [*launcher, "-m", "schatten", "compare", *options, f"--out={tmp_path / name}"]

@@ -9,10 +9,12 @@ from rich.console import Console
 
 from schatten.lab.config import CompareConfig
 from schatten.lab.errors import InputError
+from schatten.lab.plan_command import plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 lab = typer.Typer(no_args_is_help=True, help="Published experiments, run anew beside what was published.")
 app.add_typer(lab, name="lab")
+app.command()(plan)
 
 # The same grid for every optimizer unless --lrs says otherwise.
 DEFAULT_LRS = "1e-3,2e-3,4e-3,8e-3"
@@ -23,7 +25,7 @@ PLAIN_WIDTH = 120
 
 @app.callback()
 def root() -> None:
-    """Spectral optimizers: compare them on your data."""
+    """Spectral optimizers: compare them on your data, plan them for your model."""
 
 
 @app.command()
@@ -65,6 +67,7 @@ def compare(
     final_lr: Annotated[float, typer.Option(help="The last learning rate as a share of the peak.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Global gradient norm to clip at; 0 is off.")] = 1.0,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard each model over the processes (FSDP2) instead of DDP.")] = False,
     eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = 50,
     eval_windows: Annotated[int, typer.Option(help="Validation windows during a run.")] = 64,
     final_eval_windows: Annotated[int, typer.Option(help="Validation windows at its end.")] = 2048,
@@ -74,7 +77,7 @@ def compare(
     """Train one GPT with several optimizers from the same weights on the same batches, and show who learns faster.
 
     Leaves config.json, log.jsonl, checkpoints, TensorBoard files, report.html and its pictures in the run folder.
-    Works the same under `accelerate launch -m schatten compare ...` and torchrun.
+    Works the same under `accelerate launch -m schatten compare ...` and torchrun, by DDP or with --fsdp.
     """
     from schatten.lab.optimizers import named
 
@@ -109,6 +112,7 @@ def compare(
         final_lr=final_lr,
         clip=clip,
         mixed_precision=mixed_precision,
+        fsdp=fsdp,
         eval_every=eval_every,
         eval_windows=eval_windows,
         final_eval_windows=final_eval_windows,

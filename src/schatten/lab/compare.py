@@ -58,6 +58,10 @@ def compare(config: CompareConfig, out: Path, *, resume: bool = False, console: 
     state = PartialState(cpu=not torch.accelerator.is_available())
     if config.batch % state.num_processes:
         raise InputError(f"--batch must be a multiple of the {state.num_processes} processes, got {config.batch}.")
+    if config.fsdp and state.num_processes == 1:
+        raise InputError(
+            "--fsdp shards each model over processes, got one: start torchrun --nproc-per-node 2 -m schatten compare."
+        )
     if state.num_processes > 1 and "ef21muon" in config.optimizers:
         raise InputError("--optimizers ef21muon compresses each process's own gradient, which DDP averages: use one process.")
     console = console or Console()

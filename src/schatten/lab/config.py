@@ -56,6 +56,7 @@ class CompareConfig:
     final_lr: float = 0.1
     clip: float = 1.0
     mixed_precision: str = "no"
+    fsdp: bool = False
     eval_every: int = 50
     eval_windows: int = 64
     final_eval_windows: int = 2048
@@ -97,6 +98,11 @@ class CompareConfig:
             raise InputError(
                 f"--optimizers {', '.join(evaluating)} evaluate the loss themselves, which goes with --accumulate 1 and "
                 f"without --mixed-precision fp16."
+            )
+        if self.fsdp and (whole := [name for name in self.optimizers if optimizers.moves_whole_weights(name)]):
+            raise InputError(
+                f"--optimizers {', '.join(whole)} evaluates the loss at weights it has moved, which goes with whole models: "
+                f"leave --fsdp out."
             )
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:

@@ -143,6 +143,12 @@ def evaluates(name: str) -> bool:
     return contestant is not None and (contestant.preset.needs_closure or bool(contestant.options.get("exact")))
 
 
+def moves_whole_weights(name: str) -> bool:
+    """Whether the optimizer estimates gradients from losses at moved weights, which it must hold whole."""
+    contestant = contestants().get(name)
+    return contestant is not None and contestant.preset.needs_closure
+
+
 def bounds(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Parameter name -> the radius c / lambda that decay keeps its spectral norm within, for rules that imply one."""
     found = {}
@@ -154,6 +160,6 @@ def bounds(optimizer: torch.optim.Optimizer) -> dict[str, float]:
                 inner = rule.map.map if isinstance(rule.map, maps.Scaled) else rule.map
                 if isinstance(inner, maps.Nuclear) and isinstance(rule.retraction, schatten.retractions.DecoupledDecay):
                     for name, p in zip(group["param_names"], group["params"], strict=True):
-                        c = factor * rule.scale.factor(p.shape[0], p[0].numel())
+                        c = factor * rule.scale.factor(p.shape[0], p.shape[1:].numel())
                         found[name] = c / group["weight_decay"]
     return found

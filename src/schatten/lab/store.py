@@ -2,7 +2,7 @@
 
 runs/NAME/config.json               the configuration, the data's fingerprint, versions
           log.jsonl                 one record per line: {"run": ..., "event": "train" | "eval" | "done", ...}
-          checkpoints/RUN/          model.safetensors, optimizer state and generator states of the last save
+          checkpoints/RUN/          model.safetensors, optimizer and generator states of the last save
           tensorboard/RUN/          event files
           report.html, *.png        written from the files above
 """
@@ -55,10 +55,11 @@ class Store:
     def _compare(self, config: Mapping[str, Any], saved: Mapping[str, Any], resume: bool) -> None:
         given = json.loads(json.dumps(encoded(config)))
         # Versions may change between sessions and the data may have moved (its fingerprint may not); what is trained stays.
-        differing = [key for key in sorted({*given, *saved} - {"versions", "data"}) if given.get(key) != saved.get(key)]
+        # An option that a folder does not know was not there when it was written, and is off.
+        pairs = {key: (saved.get(key, False), given.get(key, False)) for key in sorted({*given, *saved} - {"versions", "data"})}
+        differing = [f"{key}: {there} there, {now} now" for key, (there, now) in pairs.items() if there != now]
         if differing:
-            pairs = "; ".join(f"{key}: {saved.get(key)} there, {given.get(key)} now" for key in differing)
-            raise InputError(f"--out {self.root} holds another comparison ({pairs}): name another folder.")
+            raise InputError(f"--out {self.root} holds another comparison ({'; '.join(differing)}): name another folder.")
         if not resume:
             raise InputError(
                 f"--out {self.root} holds this comparison already: add --resume to continue, or name another folder."

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from schatten.lab import optimizers
+from schatten.lab import optimizers, sharding
 from schatten.lab.config import CompareConfig, Run
 from schatten.lab.data import Corpus, batch, validation_windows
 from schatten.lab.models import GPT, GPTConfig
@@ -63,11 +63,16 @@ class Trainer:
         )
         set_seed(run.seed)  # equal initial weights for every optimizer of this seed
         model = GPT(model_config(config, corpus.vocabulary))
+        # The optimizer is built on the model as it is trained, and so finds where its directions are to be computed.
+        self.model = sharding.shard(model, self.accelerator) if config.fsdp else self.accelerator.prepare(model)
         betas = (config.beta1, config.beta2)
-        optimizer = optimizers.build(run.optimizer, model, lr=run.lr, weight_decay=config.weight_decay, betas=betas)
-        self.bounds = optimizers.bounds(optimizer)
+        self.own = optimizers.build(run.optimizer, self.model, lr=run.lr, weight_decay=config.weight_decay, betas=betas)
+        for group in self.own.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.bounds = optimizers.bounds(self.own)
         self.evaluates = optimizers.evaluates(run.optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # A sharded model is on its device; accelerate would copy the state of its optimizer there once more.
+        self.optimizer = self.accelerator.prepare(self.own, device_placement=[not config.fsdp])
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of the steps since the last log record
 
@@ -103,7 +108,7 @@ class Trainer:
         step = self.progress.step
         for group in self.optimizer.param_groups:
             # A group's own peak: AdamW's differs from the matrices' where their units do.
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.config.lr_factor(step)
+            group["lr"] = group["initial_lr"] * self.config.lr_factor(step)
         start = time.perf_counter()
         optimizer_seconds = 0.0
         losses = []
@@ -116,7 +121,7 @@ class Trainer:
             self.optimizer.zero_grad()
         for ids, targets in () if self.evaluates else self._micro_batches(step):
             with self.accelerator.accumulate(self.model):
-                loss = self.model(ids, targets)
+                loss = self._loss(ids, targets)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.clip:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -136,7 +141,7 @@ class Trainer:
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            loss = self.model(ids, targets)
+            loss = self._loss(ids, targets)
             if torch.is_grad_enabled():
                 self.accelerator.backward(loss)
                 if self.config.clip:
@@ -145,6 +150,10 @@ class Trainer:
             return values[-1]
 
         return closure
+
+    def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        with self.accelerator.autocast():  # a sharded model is not accelerate's to wrap
+            return self.model(ids, targets)
 
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This process's share of the step's batch, in `accumulate` pieces."""
@@ -181,10 +190,14 @@ class Trainer:
         count = torch.zeros_like(total)
         self.model.eval()
         with torch.no_grad():
-            for x, y in zip(ids[rank::world].split(EVAL_BATCH), targets[rank::world].split(EVAL_BATCH), strict=True):
-                if len(x):  # a process without a window
-                    total += self.model(x.to(device), y.to(device)) * len(x)
+            # Equally often on every process: each evaluation of a sharded model gathers its weights from all of them.
+            for start in range(0, len(ids), world * EVAL_BATCH):
+                x, y = (part[start : start + world * EVAL_BATCH][rank::world] for part in (ids, targets))
+                if len(x):
+                    total += self._loss(x.to(device), y.to(device)) * len(x)
                     count += len(x)
+                else:  # not counted
+                    self._loss(ids[:1].to(device), targets[:1].to(device))
         self.model.train()
         both = self.accelerator.reduce(torch.stack([total, count]), "sum")
         assert isinstance(both, Tensor)
@@ -218,22 +231,37 @@ class Trainer:
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial), safe_serialization=True)
-        # Every process resumes from the mean of all, so that the next record is the mean of all steps and processes.
-        losses = [float(self._mean(loss)) for loss in self.losses]
+        if self.config.fsdp:
+            sharding.save(partial, self.accelerator, self.model, self.own)
+        else:
+            self.accelerator.save_state(str(partial), safe_serialization=True)
+        losses = self._losses_of_all()
+        self.accelerator.wait_for_everyone()  # until all have written
         if self.is_main:
             saved = {"progress": vars(self.progress), "losses": losses}
             (partial / "progress.json").write_text(json.dumps(saved))
             replace_folder(partial, target)
         self.accelerator.wait_for_everyone()
 
+    def _losses_of_all(self) -> list[list[float]]:
+        """The losses since the last log record, of each process: averaged before, a resumed record would round otherwise."""
+        if not self.losses:
+            return [[] for _ in range(self.accelerator.num_processes)]
+        rows = self.accelerator.gather(torch.stack(self.losses)[None])
+        assert isinstance(rows, Tensor)
+        return rows.tolist()
+
     def _resume(self) -> None:
         folder = newest(self.store.checkpoint(self.run.id))
         if folder is not None:
-            self.accelerator.load_state(str(folder))
+            if self.config.fsdp:
+                sharding.load(folder, self.accelerator, self.model, self.own)
+            else:
+                self.accelerator.load_state(str(folder))
             saved = json.loads((folder / "progress.json").read_text())
             self.progress = Progress(**saved["progress"])
-            self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in saved["losses"]]
+            own = saved["losses"][self.accelerator.process_index]
+            self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in own]
         if self.is_main:
             self.store.rewind(self.run.id, self.progress.step)
         self.accelerator.wait_for_everyone()

@@ -33,7 +33,7 @@ class Machine:
         memory_bandwidth: bytes/s of work on entries, reads and writes together.
         factorisation_flops: FLOP/s in QR, SVD and eigendecompositions.
         launch: seconds that an operation takes whatever its size.
-        host: seconds of Python for each piece of a matrix that is cut out or put in place.
+        host: seconds of Python for each parameter, and for each piece of a matrix that is cut out or put in place.
         message: seconds that each further rank adds to a collective.
         node: how many ranks share a node; 1 if all bytes go the same way.
         node_bandwidth: bytes/s within a node.
@@ -112,7 +112,7 @@ CPU = Machine(
     memory_bandwidth=1.2e10,
     factorisation_flops=1e10,
     launch=6e-6,
-    host=75e-6,
+    host=5e-5,
     message=5e-5,
 )
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from schatten.batching import finite_gradient, looking_is_free
 from schatten.layout import pieces
+from schatten.placements import text
 from schatten.placements.agreement import agree, host_group, new_group
 from schatten.placements.cost import block_flops
 from schatten.placements.flight import Context
@@ -96,6 +97,8 @@ class Ranks:
         self.max_bytes = 0
         # Whether a step has failed between ranks, after which momentum is no longer that of the weights.
         self.torn = False
+        # Whether some parameters are this process's own.
+        self.alone = True
         self.overlap: Overlap | None = None
         # What overlaps has process groups of its own, by their ranks.
         self.aside: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
@@ -136,13 +139,13 @@ class Ranks:
         rule_of: Callable[[Mapping[str, Any]], Rule],
         seen: Any,
         max_bytes: int,
-    ) -> None:
-        """Find the crews anew if `seen`, what the groups were when they were last checked, has changed.
+    ) -> bool:
+        """Find the crews anew if `seen`, what the groups were when they were last checked, has changed; whether it had.
 
         All ranks of a group must come here together, as new process groups are made for meshes of several dimensions.
         """
         if self.seen is not None and self.seen == seen:
-            return
+            return False
         crews: dict[tuple[int, ...], Crew] = {}
         number = 0
         for g, group in enumerate(groups):
@@ -169,6 +172,8 @@ class Ranks:
             names = [(m.group, m.number, tuple(m.p.shape)) for m in crew.members]
             crew.identity = zlib.crc32(repr(names).encode()) ^ (crew.team.fingerprint() if crew.team else 0)
         self.crews, self.seen, self.max_bytes = list(crews.values()), seen, max_bytes
+        self.alone = number > len(self.numbers)
+        return True
 
     def _lies(self, p: Tensor) -> tuple[tuple[int, ...], Arrangement, Arrangement] | None:
         if isinstance(p, DTensor):
@@ -212,6 +217,17 @@ class Ranks:
     def numbers(self) -> frozenset[int]:
         """The parameters that ranks step together."""
         return frozenset(m.number for crew in self.crews for m in crew.members)
+
+    def text(self) -> str:
+        """Where the parameters lie and how their directions are computed, for a plan."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return ""
+        found = []
+        for crew in self.crews:
+            p, ranks = crew.members[0].p, text.plural(dist.get_world_size(crew.group), "rank")
+            holders = text.sharded(p) if isinstance(p, DTensor) else f"{self.placement}, {ranks}"
+            found.append(text.Place(holders, [(m.traveller, m.way) for m in crew.members if m.traveller is not None]))
+        return text.line(found, dist.get_world_size(), self.alone)
 
     # -- a step ----------------------------------------------------------------------------------------------------------
 
@@ -337,10 +353,11 @@ def _in_rows(state: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
 
 
 def _finite(p: Tensor, squares: bool, found_inf: Tensor | None) -> Tensor:
-    own = plain(p.detach())
-    # Not brought into the parameter's placement yet, which would be a collective.
-    own.grad = torch.zeros_like(own) if p.grad is None else plain(p.grad)
-    finite = finite_gradient(own, squares)
+    # As it lies, which may not be as its parameter does: to bring it there would be a collective.
+    grad = torch.zeros_like(plain(p.detach())) if p.grad is None else plain(p.grad.detach())
+    holder = grad.detach()
+    holder.grad = grad
+    finite = finite_gradient(holder, squares)
     return finite if found_inf is None else finite & (found_inf.to(finite.device) == 0)
 
 
