@@ -128,6 +128,9 @@ class EMANesterov(torch.optim.Optimizer):
         if self.steps == 0:
             self._begin()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        # A step that overlaps with the next forward is not on the weights yet.
+        if (ranks := getattr(self.optimizer, "_ranks", None)) is not None:
+            ranks.settle()
         self.steps += 1
         self._shift()
         return loss

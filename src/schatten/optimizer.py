@@ -161,6 +161,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._looked_at = -1
         replicas = params.process_group if isinstance(params, DistributedDataParallel) else None
         self._ranks = Ranks(placement, process_group, replicas)
+        self._averaged = replicas is not None
         if isinstance(params, nn.Module):
             self.plan = plan(params, rules, others=self.others, strict=strict)
             params = self.plan.groups(params, options={*defaults, *ADAMW_DEFAULTS} - {"adamw", "rule"})
@@ -182,6 +183,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._ranks.settle()
         own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
+        own["_averaged"] = self._averaged
         own["_ranks"] = self._ranks
         return {**super().__getstate__(), **own, "_seen": [], "_looked_at": -1}
 
@@ -316,6 +318,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"A parameter of shape {tuple(self._ranks.crews[0].members[0].p.shape)} lies on several ranks, whose gradients "
                 f"are not there at the same time: call step() after backward. No hook was set."
+            )
+        if self._averaged:
+            raise TypeError(
+                "DistributedDataParallel averages gradients after these hooks, so each rank would step with its own: call "
+                "step() after backward. No hook was set."
             )
         hooks, index = ExitStack(), 0
         for g, group in enumerate(self.param_groups):

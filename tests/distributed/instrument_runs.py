@@ -7,7 +7,9 @@ evaluates gradients itself.
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import schatten
+from schatten.placements import ways
 from tests.distributed.collectives import Collectives
 from tests.distributed.faults_runs import KINDS, local, placed
 from tests.distributed.parity_model import whole
@@ -100,7 +103,14 @@ def measured(rank: int, size: int, kind: str) -> dict[str, Any]:
         with Collectives() as seen:
             found.append(opt.metrics(every=2))
         calls.append(len(seen.seen))
-    return {"sent": sent, "metrics": found, "calls": calls, "weights": weights(params)}
+    plan = str(opt.plan).splitlines()[-1]
+    return {"sent": sent, "metrics": found, "calls": calls, "weights": weights(params), "plan": plan}
+
+
+def measured_together(rank: int, size: int, kind: str) -> dict[str, Any]:
+    """As `measured`, with matrices that are cut along their longer side computed where they lie."""
+    with mock.patch.object(ways, "cheaper", lambda *_: True):
+        return measured(rank, size, kind)
 
 
 # -- clipping ------------------------------------------------------------------------------------------------------------
@@ -324,6 +334,7 @@ def refusals(rank: int, size: int) -> dict[str, str | None]:
         "JaguarMuon, FSDP2": told(lambda: schatten.JaguarMuon(sharded)),
         "JaguarMuon, zero1": told(lambda: schatten.JaguarMuon(replicas, placement="zero1")),
         "step_in_backward, FSDP2": told(lambda: schatten.Muon(sharded).step_in_backward()),
+        "step_in_backward, DDP, local": told(lambda: schatten.Muon(replicas, placement="local").step_in_backward()),
         "step_in_backward, DDP": told(lambda: schatten.Muon(replicas).step_in_backward()),
     }
 
@@ -345,6 +356,20 @@ def scaled(rank: int, size: int, kind: str) -> dict[str, Any]:
         scaler.update()
     state = {f"{n}, {k}": whole(t).clone() for n, p in params.items() for k, t in opt.state[p].items()}
     return {"weights": weights(params), "state": state, "skipped": opt.metrics()["skipped"], "scale": scaler.get_scale()}
+
+
+def overlapped(rank: int, size: int, kind: str) -> dict[str, Any]:
+    """EMA-Nesterov around an optimizer whose updates come back while the next forward runs."""
+    net, options = wrapped(kind, size)
+    inner = schatten.Muon(net, lr=0.05, **options)
+    opt = schatten.EMANesterov(inner, beta=0.5, decay=0.5)
+    hooks = inner.overlap(net) if kind == "FSDP2" else nullcontext()
+    with hooks:
+        for step in range(STEPS):
+            loss_of(net, step, rank, size).backward()
+            opt.step()
+            opt.zero_grad()
+    return named(net)
 
 
 def replaced(rank: int, size: int, kind: str) -> dict[str, Any]:
@@ -392,4 +417,6 @@ def of_rank(rank: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"{name}, {kind}": run(rank, size, kind) for name, run in SCENARIOS.items() for kind in kinds}
     for kind, rules in MODELS.items():
         found |= {f"{rule}, {kind}": {"MVR": reduced, "Jaguar": estimated}[rule](rank, size, kind) for rule in rules}
-    return {**found, "replaced, FSDP2": replaced(rank, size, "FSDP2"), "refusals": refusals(rank, size)}
+    found["together, sharded"] = measured_together(rank, size, "sharded")
+    found |= {f"{name}, FSDP2": run(rank, size, "FSDP2") for name, run in {"replaced": replaced, "overlap": overlapped}.items()}
+    return {**found, "refusals": refusals(rank, size)}

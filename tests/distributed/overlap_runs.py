@@ -4,6 +4,7 @@ As `tests/distributed/ranks.py` runs it.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -26,6 +27,9 @@ STEPS = 10
 # Bytes of which every matrix has a bucket of its own, and of which all have one.
 SEVERAL, ONE = 1, 1 << 27
 
+# What a preset must be told.
+FIRST = {"SpectralAdam": (0.5,)}
+
 # Placement, preset, bytes of a step, dtype of weights.
 Run = tuple[str, str, int, str]
 
@@ -41,7 +45,7 @@ def built(run: Run, rank: int, size: int) -> tuple[nn.Module, schatten.SpectralO
     # Hyperball keeps norms, which decay would change.
     decay = 0.0 if preset == "Hyperball" else 0.1
     make = getattr(schatten.presets, preset)
-    opt = make(model, lr=3e-3, weight_decay=decay, rules=RULES, max_batch_bytes=max_bytes, **options)
+    opt = make(model, *FIRST.get(preset, ()), lr=3e-3, weight_decay=decay, rules=RULES, max_batch_bytes=max_bytes, **options)
     return model, opt, lambda step: loss(model, step, part, parts)
 
 
@@ -348,6 +352,36 @@ def discarded(rank: int, size: int) -> list[str]:
     return same(*found)
 
 
+def changed_after_backward(rank: int, size: int) -> list[str]:
+    """Gradients accumulated and clipped, with another momentum, where only updates overlap."""
+    found = []
+    for on in (False, True):
+        loop = Loop("sharded", size, False)
+        loop.overlap = loop.opt.overlap(loop.model, backward=False) if on else None
+        for step in (0, 2):
+            loop.backward(step)
+            loop.backward(step + 1)
+            for p in loop.params.values():
+                assert p.grad is not None
+                p.grad.mul_(0.5)
+            for group in loop.opt.param_groups[:2]:
+                group["momentum"] = 0.5
+            assert loop.step() is None
+            assert loop.overlap is None or loop.overlap.waiting
+        found.append(loop.seen()["weights"])
+    return same(*found)
+
+
+def freed(rank: int, size: int) -> int:
+    """How many gradients are still there while updates are on their way."""
+    loop = Loop("sharded", size, True)
+    loop.backward(0)
+    gradients = [weakref.ref(p.grad.to_local()) for p in loop.params.values() if isinstance(p.grad, DTensor)]
+    loop.step()
+    assert len(gradients) == len(loop.params) and loop.overlap is not None and loop.overlap.waiting
+    return sum(gradient() is not None for gradient in gradients)
+
+
 # -- weights that are read between steps ---------------------------------------------------------------------------------
 
 FSDP: Run = ("FSDP2", "Muon", SEVERAL, "float32")
@@ -539,6 +573,8 @@ def on_two(rank: int, size: int, runs: Sequence[Run]) -> dict[str, Any]:
         "placements": in_placements(rank, size, runs),
         "misused": misused(rank, size),
         "discarded": discarded(rank, size),
+        "changed after backward": changed_after_backward(rank, size),
+        "freed": freed(rank, size),
         "read": read(rank, size),
         "wrongly read": wrongly_read(rank, size),
         "wrongly asked": wrongly_asked(rank, size),

@@ -36,7 +36,8 @@ class Stem(nn.Module):
     def forward(self, indices: Tensor) -> Tensor:
         x = self.tokens(indices) + self.places(torch.arange(indices.shape[1]))
         past = self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
-        mixed = (self.mix(x).softmax(-1).unsqueeze(-1) * torch.stack([x, past, x * past], dim=-2)).sum(-2)
+        # No softmax: adding to all three would be without a gradient but for rounding, which Muon makes as large as any.
+        mixed = (self.mix(x).sigmoid().unsqueeze(-1) * torch.stack([x, past, x * past], dim=-2)).sum(-2)
         return mixed * (1 + self.gate(x).tanh())
 
 

@@ -5,7 +5,6 @@ A run is told in plain values: (placement, preset, solver's dtype, weights' dtyp
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -128,7 +127,7 @@ def build(preset: str, model: nn.Module, dtype: str, placement: str | None) -> s
     if "solver" in inspect.signature(make).parameters and dtype != "default":
         options["solver"] = schatten.solvers.polynomial(dtype=dtype)
     # Hyperball keeps norms, which decay would change.
-    return make(model, lr=3e-3, weight_decay=0.0 if preset == "Hyperball" else 0.1, rules=RULES, **options)
+    return make(model, lr=1e-2, weight_decay=0.0 if preset == "Hyperball" else 0.1, rules=RULES, **options)
 
 
 def trained(run: Run, rank: int, size: int) -> Weights:
@@ -136,12 +135,15 @@ def trained(run: Run, rank: int, size: int) -> Weights:
     name, preset, dtype, weights = run
     placement = PLACEMENTS[name]
     model, part, parts = placement.wrap(GPT().to(getattr(torch, weights)), rank, size)
-    opt = build(preset, model, dtype, placement.option)
-    with nullcontext() if placement.together is None else mock.patch.object(ways, "cheaper", lambda *_: placement.together):
+    asked = mock.Mock(wraps=ways.cheaper) if placement.together is None else mock.Mock(return_value=placement.together)
+    with mock.patch.object(ways, "cheaper", asked):
+        opt = build(preset, model, dtype, placement.option)
         for step in range(STEPS):
             loss(model, step, part, parts).backward()
             opt.step()
             opt.zero_grad()
+    # Or what is said to be computed together was not.
+    assert asked.called or not placement.together
     named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     return {name: whole(p.detach()).clone() for name, p in named.items()}
 

@@ -77,6 +77,15 @@ def test_metrics_are_those_of_one_process_on_every_rank(kind):
     assert_identical([own[3] for own in runs])
 
 
+def test_what_ranks_compute_together_is_measured_as_on_one_process():
+    expected = one_process("metrics")["metrics"]
+    for own in found("together", "sharded"):
+        for k in (1, 3):
+            assert_near(own["metrics"][k], expected[k])
+        # The products of each measured batch.
+        assert len(own["sent"][1]) > len(own["sent"][0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_measuring_changes_no_step_and_calls_between_send_nothing(kind):
     runs, expected = found("metrics", kind), one_process("metrics")["weights"]
@@ -85,6 +94,21 @@ def test_measuring_changes_no_step_and_calls_between_send_nothing(kind):
         assert own["sent"][0] == own["sent"][1] == own["sent"][2] == own["sent"][3]
         assert [n > 0 for n in own["calls"]] == [False, True] * 2
         assert_near(own["weights"], expected)
+
+
+PLACEMENTS = {
+    # Experts, a lone row and two of the unequal blocks lie on one rank each.
+    "sharded": "placement: sharded over 3 ranks, 3 of 9 matrices travel",
+    "copies of shards": "placement: sharded over 4 ranks (2 x 2), 9 of 9 matrices travel",
+    "owners": "placement: owners, 3 ranks, 9 of 9 matrices travel",
+    "zero1": "placement: zero1, 3 ranks, 9 of 9 matrices travel",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_ends_with_where_its_parameters_lie_and_how_many_matrices_travel(kind):
+    assert {own["plan"] for own in found("metrics", kind)} == {PLACEMENTS[kind]}
+    assert one_process("metrics")["plan"] == "adamw: 2 tensors, 32 parameters"
 
 
 # -- clipping ------------------------------------------------------------------------------------------------------------
@@ -168,7 +192,12 @@ def test_qk_clip_scales_the_rows_of_a_shard(kind):
 
 @cache
 def on_one(name):
-    run = {"MVR": instrument_runs.reduced, "Jaguar": instrument_runs.estimated, "replaced": instrument_runs.replaced}
+    run = {
+        "MVR": instrument_runs.reduced,
+        "Jaguar": instrument_runs.estimated,
+        "replaced": instrument_runs.replaced,
+        "overlap": instrument_runs.overlapped,
+    }
     return run[name](0, 1, "one process")
 
 
@@ -197,6 +226,7 @@ REASONS = {
     "JaguarMuon, FSDP2": ("TypeError", "without a backward", "DistributedDataParallel"),
     "JaguarMuon, zero1": ("ValueError", "divides among ranks", "placement='owners'"),
     "step_in_backward, FSDP2": ("TypeError", "lies on several ranks", "call step() after backward"),
+    "step_in_backward, DDP, local": ("TypeError", "averages gradients after", "call step() after backward"),
     "step_in_backward, DDP": ("TypeError", "lies on several ranks", "call step() after backward"),
 }
 
@@ -230,3 +260,8 @@ def test_parameters_that_are_replaced_by_their_shards_before_the_first_step_trai
     assert expected["paths"] == len(expected["before"]["without_gradient"]) == 6
     for own in found("replaced", "FSDP2"):
         assert_near(own, expected)
+
+
+def test_weights_are_shifted_from_where_an_overlapped_step_has_taken_them():
+    for own in found("overlap", "FSDP2"):
+        assert_near(own, on_one("overlap"))

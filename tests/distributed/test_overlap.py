@@ -15,12 +15,14 @@ from schatten.placements.units import units
 from tests.distributed import overlap_runs, ranks
 from tests.distributed.overlap_runs import BUCKETS, COLLECTIVES, MISUSES, ONE, READINGS, SCENARIOS, SEVERAL, STEPS
 
-# Averages, second moments at the owner, rules whose owner takes the whole step, and rounding by chance.
+# Averages, second moments at the owner, signals that read how many steps there were, rules whose owner takes the whole step,
+# and rounding by chance.
 RUNS = {
     2: [
         ("FSDP2", "Muon", SEVERAL, "float32"),
         ("FSDP2", "Muon", ONE, "float32"),
         ("FSDP2", "NorMuon", SEVERAL, "float32"),
+        ("FSDP2", "SpectralAdam", SEVERAL, "float32"),
         ("FSDP2", "SOAPMuon", SEVERAL, "float32"),
         ("FSDP2", "Hyperball", SEVERAL, "float32"),
         ("FSDP2", "AdaMuon", SEVERAL, "bfloat16"),
@@ -103,6 +105,14 @@ def test_a_step_that_is_discarded_leaves_no_trace():
     assert [own["discarded"] for own in found(2)] == [[], []]
 
 
+def test_gradients_may_be_changed_after_backward_where_only_updates_overlap():
+    assert [own["changed after backward"] for own in found(2)] == [[], []]
+
+
+def test_gradients_are_freed_while_updates_are_on_their_way():
+    assert [own["freed"] for own in found(2)] == [0, 0]
+
+
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("placement", ["FSDP2", "DDP, owners"])
 def test_updates_are_in_the_weights_that_are_read_between_steps(placement, reading):
@@ -132,9 +142,8 @@ def test_a_rank_that_dies_fails_the_others_with_weights_as_they_were_or_a_step_t
     for own in ranks.run(overlap_runs.dying, 2, fatal, dies=(1,), patience=PATIENCE):
         if own is not None:
             assert own["told"]
-            assert own["unchanged"] or "broken off" in own["saved"]
-            # Nothing has moved before ranks agree.
-            assert own["unchanged"] == (fatal < 2)
+            # Nothing moves before ranks agree, which is the second.
+            assert own["unchanged"] if fatal < 2 else "broken off" in own["saved"]
             assert own["seconds"] < 2 * PATIENCE.total_seconds()
 
 

@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 class Verdict(NamedTuple):
     """Of each parameter: whether some rank has a gradient, whether some rank has none, whether one is known to be not
-    finite. `failed` is a rank that refuses the step, None for none; `different` says whether ranks have other numbers;
-    `ahead` has the most that any rank has done of the step already."""
+    finite, whether one is placed otherwise than the parameter. `failed` is a rank that refuses the step, None for none;
+    `different` says whether ranks have other numbers; `ahead` has the most that any has done of the step already.
+    """
 
     present: list[bool]
     absent: list[bool]
     bad: list[bool]
+    elsewhere: list[bool]
     failed: int | None
     different: bool
     ahead: tuple[int, int]
@@ -28,6 +30,7 @@ class Verdict(NamedTuple):
 def agree(
     present: Sequence[bool],
     bad: Sequence[bool],
+    elsewhere: Sequence[bool],
     group: dist.ProcessGroup | None,
     rank: int,
     *,
@@ -39,14 +42,14 @@ def agree(
     how many buckets it has sent to their owners and computed `ahead` of the step.
     """
     n = len(present)
-    own = [*present, *(not p for p in present), *bad, *ahead, (rank + 1) * failed, fingerprint, -fingerprint]
+    own = [*present, *(not p for p in present), *bad, *elsewhere, *ahead, (rank + 1) * failed, fingerprint, -fingerprint]
     flags = torch.tensor([int(x) for x in own], dtype=torch.int64)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     # On the host from the start: nothing waits for a device.
     *found, sent, computed, who, high, low = flags.tolist()
     seen = [bool(x) for x in found]
     others = (who - 1 if who else None, high != -low, (sent, computed))
-    return Verdict(seen[:n], seen[n : 2 * n], seen[2 * n :], *others)
+    return Verdict(seen[:n], seen[n : 2 * n], seen[2 * n : 3 * n], seen[3 * n :], *others)
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -96,7 +96,7 @@ class Overlap:
         """Take no step with the gradients of the last `backward`, for a loop that skips one; all ranks call it together."""
         for crew in self.crews or ():
             rank, ahead = dist.get_rank(crew.host), self.ahead(crew)
-            self.agreed(crew, agree([], [], crew.host, rank, failed=False, fingerprint=0, ahead=ahead).ahead)
+            self.agreed(crew, agree([], [], [], crew.host, rank, failed=False, fingerprint=0, ahead=ahead).ahead)
         self.drop()
 
     def close(self) -> None:

@@ -111,7 +111,7 @@ class Ranks:
         own = self.process_group
         if own is not None and dist.get_world_size(own) != dist.get_world_size():
             raise TypeError("An optimizer whose process_group is not that of all ranks cannot be copied or pickled.")
-        return {**vars(self), "process_group": None, "crews": [], "seen": None, "_groups": {}}
+        return {**vars(self), "process_group": None, "crews": [], "seen": None, "_groups": {}, "overlap": None, "aside": {}}
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -255,6 +255,7 @@ class Ranks:
             verdict = agree(
                 present,
                 bad,
+                [not failure and _elsewhere(m.p) for m in crew.members],
                 crew.host,
                 dist.get_rank(crew.host),
                 failed=failure is not None,
@@ -278,7 +279,9 @@ class Ranks:
                 continue
             flags = _together(finite, crew.group) if not all(free) else finite
             for i, m in enumerate(crew.members):
-                there = verdict.present[i] and not (verdict.absent[i] and m.weights.copies > 1)
+                # Copies would drift apart, and bringing a gradient into its parameter's placement takes that of all ranks.
+                needs_all = m.weights.copies > 1 or verdict.elsewhere[i]
+                there = verdict.present[i] and not (verdict.absent[i] and needs_all)
                 if verdict.present[i]:
                     decided[m.number] = (there and not verdict.bad[i], None if free[i] else flags[i])
         if failure is not None:
@@ -359,6 +362,10 @@ def _finite(p: Tensor, squares: bool, found_inf: Tensor | None) -> Tensor:
     holder.grad = grad
     finite = finite_gradient(holder, squares)
     return finite if found_inf is None else finite & (found_inf.to(finite.device) == 0)
+
+
+def _elsewhere(p: Tensor) -> bool:
+    return isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements
 
 
 def _together(finite: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:

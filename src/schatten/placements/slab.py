@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from schatten.batching import Part, Room, batches, in_batches
-from schatten.maps import Map
+from schatten.maps import Map, Nuclear
 from schatten.placements import gram
 from schatten.placements.flight import Context, Wire
 from schatten.placements.local import Local, signal_members, weight_members
@@ -94,6 +95,10 @@ class Slab:
             nothing = torch.empty([0 if at == dim + 2 else n for at, n in enumerate(shape)])
             parts.append(nothing if cut is None else cut.of_stack(signals[traveller.number]))
         D = gram.direction(rule.map, _padded(parts, dim, t.dtype, wire.device), dim, shape[dim], wire.group)
+        if self.context.recorder is not None and isinstance(rule.map, Nuclear):
+            products = D.mT @ D if dim == -2 else D @ D.mT
+            dist.all_reduce(products, group=wire.group)
+            self.context.recorder.grams([(traveller.number, traveller.suffixes[p]) for traveller, p, _ in places], products)
         D *= rule.scale.factor(*shape)
         if self.context.recorder is not None:
             self.context.recorder.update([t.number for t, _, _ in places], D * lr_of(group))

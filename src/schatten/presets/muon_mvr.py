@@ -116,6 +116,7 @@ class MuonMVR(SpectralOptimizer):
         """
         if not self.exact:
             raise RuntimeError("previous_weights() is for MVR2: build the optimizer with exact=True.")
+        self._ranks.settle()
         params = [p for group in self.param_groups for p in group["params"]]
         kept = [(p.detach().clone(), p.grad) for p in params]
         for p in params:
