@@ -138,13 +138,19 @@ def test_one_rank_has_nobody_to_share_with():
 
 
 def test_one_matrix_is_not_divided_among_replicas():
-    operations, fast = [Operation(1e6, 0)], Machine(flops=1e6, bandwidth=1e12, latency=1e-6, memory_bandwidth=1e12, factorisation_flops=1)
+    operations, fast = (
+        [Operation(1e6, 0)],
+        Machine(flops=1e6, bandwidth=1e12, latency=1e-6, memory_bandwidth=1e12, factorisation_flops=1),
+    )
     assert replicate(operations, 1, 1.0, ranks=4, machine=fast)
     assert not replicate(operations, 4, 1.0, ranks=4, machine=fast)
 
 
 def test_more_collectives_make_sharing_dearer():
-    operations, machine = [Operation(1e6, 0)], Machine(flops=1e6, bandwidth=1e12, latency=1.0, memory_bandwidth=1e12, factorisation_flops=1)
+    operations, machine = (
+        [Operation(1e6, 0)],
+        Machine(flops=1e6, bandwidth=1e12, latency=1.0, memory_bandwidth=1e12, factorisation_flops=1),
+    )
     assert not replicate(operations, 8, 1.0, ranks=4, machine=machine)
     assert replicate(operations, 8, 1.0, ranks=4, machine=machine, bucket=1)
 
