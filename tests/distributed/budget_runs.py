@@ -57,7 +57,7 @@ WRAPPERS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+def muon(model: nn.Module, **options: Any) -> schatten.Muon:
     # So small that each rank of DDP would compute them all.
     if isinstance(model, DistributedDataParallel):
         options["placement"] = "owners"
@@ -121,5 +121,7 @@ def of_rank(rank: int, size: int, wrappers: Sequence[str]) -> dict[str, Any]:
         model = wrap(16, size)
         found[f"{name}, computed"] = computed(model, muon(model))
         model = wrap(16, size)
-        found[f"{name}, small buckets"] = sent(model, muon(model, max_batch_bytes=4 * 16 * MATRIX))
+        opt = muon(model, max_batch_bytes=8 * MATRIX)
+        found[f"{name}, small"] = sent(model, opt)
+        found[f"{name}, buckets"] = sum(len(crew.team.buckets) for crew in opt._ranks.crews if crew.team is not None)
     return found

@@ -68,8 +68,10 @@ def trained(run: Run, rank: int, size: int, overlapped: bool) -> dict[str, Any]:
             loss_of(step).backward()
             if isinstance(handle, Overlap):
                 ahead.append([lane.ahead for lane in handle.lanes.values()])
+            # What was computed before a step takes the lr of that step, and so do weights that are written after it.
+            for group in opt.param_groups:
+                group["lr"] *= 0.9
             opt.step()
-            # Weights that are written later are written with the lr of their step.
             schedule.step()
             opt.zero_grad()
             if isinstance(handle, Overlap):
@@ -376,7 +378,8 @@ def freed(rank: int, size: int) -> int:
     """How many gradients are still there while updates are on their way."""
     loop = Loop("sharded", size, True)
     loop.backward(0)
-    gradients = [weakref.ref(p.grad.to_local()) for p in loop.params.values() if isinstance(p.grad, DTensor)]
+    with torch.no_grad():
+        gradients = [weakref.ref(p.grad.to_local()) for p in loop.params.values() if isinstance(p.grad, DTensor)]
     loop.step()
     assert len(gradients) == len(loop.params) and loop.overlap is not None and loop.overlap.waiting
     return sum(gradient() is not None for gradient in gradients)
@@ -548,7 +551,7 @@ def dying(rank: int, size: int, fatal: int) -> dict[str, Any]:
     loop.step()
     assert loop.overlap is not None
     loop.overlap.finish()
-    before, begun = loop.weights(), time.monotonic()
+    before, begun = _kept(loop), time.monotonic()
 
     def iteration() -> None:
         loop.backward(1)
@@ -560,9 +563,15 @@ def dying(rank: int, size: int, fatal: int) -> dict[str, Any]:
     return {
         "told": told,
         "seconds": time.monotonic() - begun,
-        "unchanged": loop.unchanged(before),
+        "unchanged": not same(_kept(loop), before),
         "saved": _told(loop.opt.state_dict),
     }
+
+
+def _kept(loop: Loop) -> dict[str, Tensor]:
+    """This rank's part of weights and state."""
+    state = {f"{name}: {key}": t for name, p in loop.params.items() for key, t in loop.opt.state[p].items()}
+    return {key: local(t) for key, t in {**loop.params, **state}.items()}
 
 
 # -- one start of ranks for many of these --------------------------------------------------------------------------------

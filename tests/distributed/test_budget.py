@@ -6,6 +6,9 @@ from tests.distributed import budget_runs, ranks
 from tests.distributed.budget_runs import WRAPPERS
 from tests.distributed.ranks import remembered
 
+# Ranks that other tests start beside these would share their cores (`pytest -n 2 --dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # Besides those of buckets: the agreement at a step's start.
 CONSTANT = 1
 
@@ -24,6 +27,13 @@ def test_a_step_has_as_many_collectives_for_sixteen_matrices_as_for_four(wrapper
         assert [name for name, _ in few] == [name for name, _ in many]
         # All of these are in one bucket.
         assert 0 < len(many) <= 2 + CONSTANT, many
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_less_memory_makes_more_buckets_of_two_collectives_each(wrapper):
+    for own in found(SIZES[wrapper]):
+        assert own[f"{wrapper}, buckets"] > 1
+        assert len(own[f"{wrapper}, 16"]) < len(own[f"{wrapper}, small"]) <= 2 * own[f"{wrapper}, buckets"] + CONSTANT
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2", "HSDP"])

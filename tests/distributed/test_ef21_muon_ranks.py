@@ -7,6 +7,9 @@ from schatten.compressors import Identity
 from tests.distributed import ef21_muon_ranks as ranks
 from tests.distributed.ranks import run
 
+# Ranks that other tests start beside these would share their cores (`pytest -n 2 --dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("ranks")
+
 SIZE = 2
 
 

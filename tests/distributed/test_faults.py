@@ -9,6 +9,9 @@ from tests.distributed import faults_runs, ranks
 from tests.distributed.faults_runs import FAULTS, KINDS, SHAPES, STEPS, absent, drawn
 from tests.distributed.ranks import remembered
 
+# Ranks that other tests start beside these would share their cores (`pytest -n 2 --dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("ranks")
+
 SIZES = {"sharded": 3, "owners": 3, "zero1": 3, "copies of shards": 4}
 
 # Seconds that ranks wait for one that is silent.

@@ -8,6 +8,9 @@ from tests.distributed import parity_runs, ranks
 from tests.distributed.parity_runs import BOUNDS, difference, identical, on
 from tests.distributed.ranks import remembered
 
+# Ranks that other tests start beside these would share their cores (`pytest -n 2 --dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("ranks")
+
 SIZES = (1, 2, 3, 4)
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"

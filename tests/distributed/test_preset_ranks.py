@@ -10,6 +10,9 @@ from tests.distributed import preset_runs, ranks
 from tests.distributed.preset_runs import MESHES, part
 from tests.distributed.ranks import remembered
 
+# Ranks that other tests start beside these would share their cores (`pytest -n 2 --dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # JaguarMuon evaluates gradients itself; EF21Muon takes each rank for a worker with gradients of its own.
 PRESETS = [name for name in presets.__all__ if not getattr(presets, name).needs_closure and name != "EF21Muon"]
 

@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from tests.distributed.ranks import run
 
+# Ranks that other tests start beside these would share their cores (`pytest -n 2 --dist loadgroup`).
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 def total(rank, size, start):
     t = torch.full((), start + rank)

@@ -312,7 +312,7 @@ class Overlap:
         if not waiting:
             return
         self.ranks.torn = True
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for lane, flight, weights in waiting:
                 with lane.aside():
                     flight.arrive()
