@@ -10,13 +10,14 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --dis
 demo: $(VENV)/lab.done
 	$(BIN)/schatten compare --out runs/demo --resume
 
-# The whole suite. One thread per worker: two workers with two threads each are slower on two cores.
+# The whole suite. One thread per worker: two workers with two threads each are slower on two cores. Tests that start ranks
+# are one worker's, so that they start them once.
 test: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # What is worth running but too long for every commit.
 test-slow: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 # Lint, types and the direction of imports.
 check: $(VENV)/dev.done

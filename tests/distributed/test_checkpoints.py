@@ -14,6 +14,8 @@ from tests.distributed.checkpoint_parts import Run, state, stepped
 from tests.distributed.parity_runs import BOUNDS, difference, identical
 from tests.distributed.ranks import remembered
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # Sums in another order, as in `tests/distributed/test_parity.py`.
 BOUND = BOUNDS["fp32"]
 

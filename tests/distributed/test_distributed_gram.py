@@ -14,6 +14,8 @@ from schatten.solvers import coupled_newton, krylov, muon_p, newton_schulz, svd
 from tests.distributed import gram_runs, ranks
 from tests.distributed.gram_runs import BATCH, SHAPES, SIZES, SPECIAL, batch, maps
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # Of the largest entry. Sums in another order are off by a few unit roundoffs, 6e-8 in fp32 and 1e-16 in fp64, which the
 # iteration enlarges by its slope: of the default quintics 1005 at 0, where all but three singular values of deficient
 # matrices are and those of columns of very different size, and 244 at 1, where that of a row is.

@@ -9,6 +9,8 @@ from tests.distributed import instrument_runs, ranks
 from tests.distributed.faults_runs import KINDS
 from tests.distributed.instrument_runs import CLIPS, MODELS, SCENARIOS
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 SIZES = {"sharded": 3, "owners": 3, "zero1": 3, "copies of shards": 4}
 
 # Sums in fp64 in another order, and what an orthogonalisation makes of them.

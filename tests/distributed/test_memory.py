@@ -5,6 +5,8 @@ import pytest
 from tests.distributed import memory_runs, ranks
 from tests.distributed.ranks import remembered
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 @remembered
 def found():

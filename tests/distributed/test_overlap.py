@@ -15,6 +15,8 @@ from schatten.placements.units import units
 from tests.distributed import overlap_runs, ranks
 from tests.distributed.overlap_runs import BUCKETS, COLLECTIVES, MISUSES, ONE, READINGS, SCENARIOS, SEVERAL, STEPS
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # Averages, second moments at the owner, signals that read how many steps there were, rules whose owner takes the whole step,
 # and rounding by chance.
 RUNS = {

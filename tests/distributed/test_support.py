@@ -9,6 +9,8 @@ from tests.distributed import ranks, support_runs
 from tests.distributed.parity_runs import difference, identical
 from tests.distributed.support_runs import FEATURES, PLACEMENTS
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
 # Those on a mesh of two dimensions take four ranks.

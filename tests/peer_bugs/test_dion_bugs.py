@@ -1,4 +1,4 @@
-"""microsoft/dion (peers.md 1.3): layers mixed in a batch, crashes by compilation. Its distributed defects are tests of tests/distributed."""
+"""microsoft/dion (peers.md 1.3): layers mixed in a batch, crashes by compilation; ranks: tests/distributed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""nil0x9/flash-muon (peers.md 1.6): hard-coded devices and process groups, buffers in the groups. The rest is in tests/distributed."""
+"""nil0x9/flash-muon (peers.md 1.6): hard-coded devices and process groups, buffers in groups; ranks: tests/distributed."""
 
 import torch
 

@@ -118,8 +118,8 @@ class Ranks:
     def fresh(self, p: Tensor, make: Callable[[Tensor], dict[str, Tensor]], spectral: bool) -> dict[str, Tensor]:
         """The state that `make` gives for a whole parameter, as it lies on the ranks of `p`."""
         if isinstance(p, DTensor):
-            arrangement(p)  # refuses what cannot be stepped
-            return arranged(_in_rows(make(like_parameter(p)), p), p.shape, p)
+            state = make(like_parameter(p))
+            return arranged(state if arrangement(p).replicated else _in_rows(state, p), p.shape, p)
         state = make(p)
         if self.placement == "zero1" and spectral:
             return sharded(_in_rows(state, p), p.shape, _mesh(self._plain_group(), p.device.type))
