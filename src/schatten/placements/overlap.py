@@ -242,7 +242,8 @@ class Overlap:
             raise RuntimeError(f"Gradients were sent in backward before a GradScaler unscaled them: {WAY_OUT}")
         for number, read in self.read.items():
             m = self.members[number][1]
-            if m.p.grad is None or not all(stamp.holds(t) for stamp, t in zip(read, self._reads(m), strict=True)):
+            now = self._reads(m) if m.p.grad is not None else []
+            if len(now) != len(read) or not all(stamp.holds(t) for stamp, t in zip(read, now, strict=True)):
                 raise RuntimeError(
                     f"Gradient or state of {self._name(m)} is another than was sent to the owner in backward: {WAY_OUT}"
                 )
