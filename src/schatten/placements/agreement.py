@@ -60,17 +60,23 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     backends = str(dist.get_backend_config(group)).split(",")
     if "cpu" in str(backends) and all(backend.endswith("gloo") for backend in backends):
         return group
-    return new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return new_group(dist.get_process_group_ranks(group), "gloo", patience(group))
 
 
 def group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """Another group of the same ranks, backends and patience, which they must all ask for."""
-    ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
-    # Torch has no public way to ask for it, and its default is half an hour.
-    return new_group(ranks, backend, group._get_backend(device).options._timeout)
+    return new_group(dist.get_process_group_ranks(group), str(dist.get_backend_config(group)), patience(group, device))
 
 
-def new_group(ranks: Sequence[int], backend: str | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
+def patience(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:
+    """How long a rank of `group` waits for another, by the backend of `device`, or of any.
+
+    Torch has no public way to ask for it, and the default of a new group is half an hour.
+    """
+    return group._get_backend(device or group._device_types[0]).options._timeout
+
+
+def new_group(ranks: Sequence[int], backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
     """A group of these ranks, each of which must ask for it; no other rank has to."""
     group = dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)
     if not isinstance(group, dist.ProcessGroup):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from schatten.batching import finite_gradient, looking_is_free
 from schatten.layout import pieces
 from schatten.placements import text
-from schatten.placements.agreement import agree, host_group, new_group
+from schatten.placements.agreement import agree, host_group, new_group, patience
 from schatten.placements.cost import block_flops
 from schatten.placements.flight import Context
 from schatten.placements.here import adamw_, entries_, replicated_
@@ -194,7 +194,9 @@ class Ranks:
             elif ranks == tuple(range(dist.get_world_size())):
                 group = dist.group.WORLD
             else:
-                group = new_group(ranks)
+                # A mesh's own groups have torch's half an hour.
+                assert dist.group.WORLD is not None
+                group = new_group(ranks, None, patience(dist.group.WORLD))
             assert group is not None
             self._groups[ranks] = (group, host_group(group))
         return self._groups[ranks]
