@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from schatten.batching import finite_gradient, looking_is_free
+from schatten.batching import looking_is_free
 from schatten.layout import pieces
 from schatten.placements import text
 from schatten.placements.agreement import agree, host_group, new_group, patience
 from schatten.placements.cost import block_flops
 from schatten.placements.flight import Context
+from schatten.placements.gradients import is_elsewhere, is_finite, on_all
 from schatten.placements.here import adamw_, entries_, replicated_
 from schatten.placements.local import Local, plain, plain_parameter
 from schatten.placements.regions import Arrangement, arrangement, everywhere
@@ -246,7 +247,7 @@ class Ranks:
         decided: dict[int, tuple[bool, Tensor | None]] = {}
         for crew in self.crews:
             free = [looking_is_free(plain(m.p)) for m in crew.members]
-            finite = [] if failure else [_finite(m.p, squares[m.group], found_inf) for m in crew.members]
+            finite = [] if failure else [is_finite(m.p, squares[m.group], found_inf) for m in crew.members]
             bad = (
                 [bool(not f) if here else False for here, f in zip(free, finite, strict=True)]
                 if finite
@@ -257,7 +258,7 @@ class Ranks:
             verdict = agree(
                 present,
                 bad,
-                [not failure and _elsewhere(m.p) for m in crew.members],
+                [not failure and is_elsewhere(m.p) for m in crew.members],
                 crew.host,
                 dist.get_rank(crew.host),
                 failed=failure is not None,
@@ -279,7 +280,7 @@ class Ranks:
                 )
             if failure is not None:
                 continue
-            flags = _together(finite, crew.group) if not all(free) else finite
+            flags = on_all(finite, crew.group) if not all(free) else finite
             for i, m in enumerate(crew.members):
                 # Copies would drift apart, and bringing a gradient into its parameter's placement takes that of all ranks.
                 needs_all = m.weights.copies > 1 or verdict.elsewhere[i]
@@ -355,26 +356,6 @@ def _in_rows(state: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
             f"{tuple(p.shape)} is divided among ranks: take state_dtype='bfloat16'."
         )
     return state
-
-
-def _finite(p: Tensor, squares: bool, found_inf: Tensor | None) -> Tensor:
-    # As it lies, which may not be as its parameter does: to bring it there would be a collective.
-    grad = torch.zeros_like(plain(p.detach())) if p.grad is None else plain(p.grad.detach())
-    holder = grad.detach()
-    holder.grad = grad
-    finite = finite_gradient(holder, squares)
-    return finite if found_inf is None else finite & (found_inf.to(finite.device) == 0)
-
-
-def _elsewhere(p: Tensor) -> bool:
-    return isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements
-
-
-def _together(finite: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Whether each gradient is finite on all ranks, on the device and without a look at it."""
-    flags = torch.stack([f.reshape(()) for f in finite]).to(torch.int32)
-    dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
-    return list(flags.bool())
 
 
 def _numbers(group: Mapping[str, Any]) -> list[tuple[str, str]]:
