@@ -62,23 +62,23 @@ def apply_map(G: Tensor, map: Map, *, dtype: torch.dtype | None = None) -> Tenso
     check_matrices(G, "G")
     if not isinstance(map, Map) or isinstance(map, type):
         raise TypeError(f"map must be a map of schatten.maps, such as Huber(0.1), got {map!r}.")
-    return _with_dtype(map, _precise(G) if dtype is None else dtype_name(dtype)).grad(G)
+    return with_dtype(map, _precise(G) if dtype is None else dtype_name(dtype)).grad(G)
 
 
 def _precise(G: Tensor) -> str:
     return "float64" if G.dtype == torch.float64 else "float32"
 
 
-def _with_dtype(thing: Any, dtype: str) -> Any:
+def with_dtype(thing: Any, dtype: str) -> Any:
     """`thing` (a map or a solver) with every open precision inside set to `dtype`."""
     if isinstance(thing, tuple):
-        return tuple(_with_dtype(part, dtype) for part in thing)
+        return tuple(with_dtype(part, dtype) for part in thing)
     if not dataclasses.is_dataclass(thing) or isinstance(thing, type):
         return thing
     changes = {}
     for field in dataclasses.fields(thing):
         value = getattr(thing, field.name)
-        new = dtype if field.name == "dtype" and value == "auto" else _with_dtype(value, dtype)
+        new = dtype if field.name == "dtype" and value == "auto" else with_dtype(value, dtype)
         if new is not value:
             changes[field.name] = new
     return dataclasses.replace(thing, **changes) if changes else thing

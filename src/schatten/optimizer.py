@@ -69,7 +69,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             at least. Less saves memory, more saves nothing from some 100 MiB on.
         placement: where directions are computed if several ranks hold a parameter, found from the parameters by default:
             `"local"` on every rank; `"owners"` each on one, of those of `process_group`, which then hears of it from there
-            (default for a DistributedDataParallel module); `"zero1"` so, and state is divided among the ranks. DTensors
+            (default for a DistributedDataParallel module); `"zero1"` so, and matrices' state is divided among ranks. DTensors
             (FSDP2, HSDP, tensor parallel) always have owners (docs/distributed.md).
         process_group: the ranks that hold all parameters, for `"owners"` and `"zero1"`; default that of the module, or all.
         layout: how spectral groups that do not say so read their tensors as matrices: a kind's name or a `Layout`.

@@ -16,7 +16,7 @@ from schatten.placements.assignment import assign
 from schatten.placements.cost import work
 from schatten.placements.machine import Machine, Operation
 from schatten.placements.regions import Arrangement
-from schatten.placements.schedule import Item, Traveller, _spread, whole_step
+from schatten.placements.schedule import Item, Traveller, spread_of, whole_step
 from schatten.placements.spread import Spread
 from schatten.rule import Rule
 
@@ -109,8 +109,8 @@ def traffic(items: Sequence[tuple[Item, Sequence[float]]], ranks: int, loads: li
             home_out.index_add_(0, owners, back.gather(1, owners.unsqueeze(-1)).squeeze(-1))
         if not whole_step(t.rule):
             signal, retraction = entry_bytes(t, shape, dtype)
-            signals += held(_spread(item.piece, t.averages)).sum(0) * signal
-            retractions += held(_spread(item.piece, t.weights)).sum(0) * retraction
+            signals += held(spread_of(item.piece, t.averages)).sum(0) * signal
+            retractions += held(spread_of(item.piece, t.weights)).sum(0) * retraction
             kinds[local_shape(t.weights, t.shape)] = len(counted.signal), len(counted.retraction)
     return Traffic(
         given,

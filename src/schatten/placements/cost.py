@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from schatten.functions import _with_dtype as with_dtype
+from schatten.functions import with_dtype
 from schatten.placements.machine import Machine, Operation
 from schatten.rule import Rule
 
@@ -110,20 +110,20 @@ def _counted(rule: Rule, fan_out: int, fan_in: int) -> Work:
     group = {key: (0.5, 0.5) if key == "betas" else value for key, value in group.items()}
     with torch.no_grad():
         state = {key: value.unsqueeze(0) for key, value in rule.init(W[0]).items()} | {"step": step}
-        (S, new), signal = _seen(lambda: rule.signal(G, state, group))
+        (S, new), signal = seen(lambda: rule.signal(G, state, group))
         state |= new
 
         def direction() -> tuple[Tensor, Mapping[str, Tensor], float | Tensor]:
             D, new = rule.direction(S, state, group)
             return D, new, group["lr"] * rule.scale(D)
 
-        (D, new, length), directed = _seen(direction)
+        (D, new, length), directed = seen(direction)
         state |= new
-        _, retracted = _seen(lambda: rule.retraction(W, D, length, state, group))
+        _, retracted = seen(lambda: rule.retraction(W, D, length, state, group))
     return Work(signal, directed, retracted)
 
 
-def _seen(call: Callable[[], Any]) -> tuple[Any, tuple[Operation, ...]]:
+def seen(call: Callable[[], Any]) -> tuple[Any, tuple[Operation, ...]]:
     with _Seen() as seen:
         result = call()
     return result, tuple(seen.operations)

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -188,19 +188,24 @@ class Flight:
         blocks: Values = defaultdict(dict)
         arrived = self.sent.wait()
         del self.sent
-        for flat, moves in zip(arrived, self.bucket.taken, strict=True):
-            start = 0
-            for move in moves:
-                end = start + move.cut.entries
+        for move, item, values in self._taken_apart(arrived, self.bucket.taken):
+            own = blocks[move.item, move.block]
+            if move.field not in own:
+                block = item.incoming[move.field].blocks[move.block]
+                own[move.field] = values.new_empty(len(block.rows), len(block.columns))
+            move.cut.into_block_(own[move.field], values)
+        return dict(blocks)
+
+    def _taken_apart(
+        self, arrived: Sequence[Tensor], received: Sequence[Sequence[Move]]
+    ) -> Iterator[tuple[Move, Item, Tensor]]:
+        """The pieces of what each rank has sent, flat, but for those of parameters that do not move."""
+        for flat, moves in zip(arrived, received, strict=True):
+            pieces = flat.split([move.cut.entries for move in moves])
+            for move, values in zip(moves, pieces, strict=True):
                 item = self.bucket.items[move.item]
                 if item.traveller.number in self.moving:
-                    own = blocks[move.item, move.block]
-                    if move.field not in own:
-                        block = item.incoming[move.field].blocks[move.block]
-                        own[move.field] = flat.new_empty(len(block.rows), len(block.columns))
-                    move.cut.into_block_(own[move.field], flat[start:end])
-                start = end
-        return dict(blocks)
+                    yield move, item, values
 
     def _computed(self, batch: list[tuple[int, int]], blocks: Values) -> Values:
         """What is sent back of equal blocks of one param group."""
@@ -270,18 +275,12 @@ class Flight:
         found: dict[tuple[int, str, str], Tensor] = {}
         arrived = self.back.wait()
         del self.back
-        for flat, moves in zip(arrived, self.bucket.kept, strict=True):
-            start = 0
-            for move in moves:
-                end = start + move.cut.entries
-                item = self.bucket.items[move.item]
-                spread, number = item.outgoing[move.field], item.traveller.number
-                if number in self.moving:
-                    at = (number, self._suffix(item, move.field), move.field)
-                    if at not in found:
-                        found[at] = spread.reading.empty(self._part_shape(spread), flat)
-                    move.cut.into_stack_(found[at], flat[start:end])
-                start = end
+        for move, item, values in self._taken_apart(arrived, self.bucket.kept):
+            spread = item.outgoing[move.field]
+            at = (item.traveller.number, self._suffix(item, move.field), move.field)
+            if at not in found:
+                found[at] = spread.reading.empty(self._part_shape(spread), values)
+            move.cut.into_stack_(found[at], values)
         shaped = {}
         for item in self.bucket.items:
             for field, spread in item.outgoing.items():

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from schatten import kernels
-from schatten.functions import _with_dtype as with_dtype
+from schatten.functions import with_dtype
 from schatten.maps import Frobenius, Map, Nuclear
 from schatten.maps.combinations import Scaled, Sum
 from schatten.maps.lifts import safe_norm
 from schatten.maps.potential import Potential
-from schatten.placements.cost import _seen as seen
+from schatten.placements.cost import seen
 from schatten.placements.machine import Machine, Operation
 from schatten.rule import Rule
 from schatten.solvers.core import ColumnFunctionSolver, Columns, ColumnSolver, frobenius, quotient

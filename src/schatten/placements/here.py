@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from schatten.adamw import adamw_step_
@@ -68,6 +69,8 @@ def adamw_(
         return
     group, recorder = context.groups[g], context.recorder
     before = p.to(wide(p.dtype), copy=True) if recorder is not None else None
+    # Ranks have looked at the gradient already.
+    finite = torch.ones((), dtype=torch.bool, device=p.device) if finite is None else finite
     member = Member(shard_number(number, on, rank), p, pieces("flat", p.shape)[0], "", state, finite)
     adamw_step_(member, group, found_inf, context.scale)
     if recorder is not None and before is not None:

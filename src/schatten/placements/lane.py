@@ -81,7 +81,7 @@ class Lane:
             return self.computed + 1 < len(self.flights)
         return self.flights[self.computed].arrived()
 
-    def step(self, moving: Moving, context: Context) -> list[Flight]:
+    def fly(self, moving: Moving, context: Context) -> list[Flight]:
         """Take the step of `moving`, the same on every rank; what is on its way back."""
         sent = self._sent(moving, context)
         void = [flight for flight in sent if not flight.moving]

@@ -276,14 +276,14 @@ class Overlap:
             lane.join()
         self.ranks.torn = torn
 
-    def step(self, crew: "Crew", moving: Moving, context: Context) -> None:
+    def fly(self, crew: "Crew", moving: Moving, context: Context) -> None:
         """The part of the step that buckets take, to where they are on their way back."""
         self._forget()
         if lane := self.lanes.get(_ranks(crew)):
             # A schedule may have changed lr by the time weights are written.
             context = context._replace(groups=[_kept(group) for group in context.groups])
             with lane.aside():
-                flights = lane.step(moving, context)
+                flights = lane.fly(moving, context)
             lane.join()
             for flight in flights:
                 flight.let_go()

@@ -248,11 +248,7 @@ class Ranks:
         for crew in self.crews:
             free = [looking_is_free(plain(m.p)) for m in crew.members]
             finite = [] if failure else [is_finite(m.p, squares[m.group], found_inf) for m in crew.members]
-            bad = (
-                [bool(not f) if here else False for here, f in zip(free, finite, strict=True)]
-                if finite
-                else [False] * len(free)
-            )
+            bad = [here and not bool(f) for here, f in zip(free, finite, strict=True)] if finite else [False] * len(free)
             present = [not failure and m.p.grad is not None for m in crew.members]
             numbers = [_numbers(groups[g]) for g in sorted({m.group for m in crew.members})]
             verdict = agree(
@@ -328,7 +324,7 @@ class Ranks:
                 # Until all has arrived: a rank that dies leaves momentum ahead of the weights.
                 self.torn = True
                 if self.overlap is not None:
-                    self.overlap.step(crew, moving, context)
+                    self.overlap.fly(crew, moving, context)
                     waiting += crew.team.together(moving, context)
                 else:
                     waiting += crew.team.arrive(moving, context)

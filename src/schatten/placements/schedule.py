@@ -131,7 +131,7 @@ def _bytes(items: Sequence[tuple[Item, Sequence[float]]], itemsize: int) -> tupl
 
 def _item(t: Traveller, p: int) -> tuple[Item, Sequence[float]]:
     piece = t.pieces[p]
-    weights, averages = (_spread(piece, on) for on in (t.weights, t.averages))
+    weights, averages = (spread_of(piece, on) for on in (t.weights, t.averages))
     like = torch.empty(piece.blocks, device="meta")
     if whole_step(t.rule):
         kept = [name for name in t.rule.init(like) if name not in (*COUNTERS, LOST)]
@@ -151,7 +151,7 @@ def _item(t: Traveller, p: int) -> tuple[Item, Sequence[float]]:
     return Item(t, piece, t.suffixes[p], {**incoming, **state}, {**outgoing, **state}, keys, ()), costs
 
 
-def _spread(piece: Piece, on: Arrangement) -> Spread:
+def spread_of(piece: Piece, on: Arrangement) -> Spread:
     if not on.replicated:
         return of_parameter(piece, on)
     # Whole pieces need no parameter around them.

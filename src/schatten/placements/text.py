@@ -20,13 +20,7 @@ class Place(NamedTuple):
 
 
 def sharded(p: DTensor) -> str:
-    """The ranks of a DTensor's mesh: `sharded over 4 ranks (replicate 2 x shard 2)`.
-
-    Example:
-        >>> from schatten.placements.text import plural
-        >>> plural(1, "rank"), plural(4, "rank")
-        ('1 rank', '4 ranks')
-    """
+    """The ranks of a DTensor's mesh: `sharded over 4 ranks (replicate 2 x shard 2)`."""
     mesh = p.device_mesh
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
     sizes = " x ".join(f"{name} {n}".strip() for name, n in zip(names, mesh.shape, strict=True))

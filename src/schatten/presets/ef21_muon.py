@@ -167,7 +167,7 @@ class EF21Muon(SpectralOptimizer):
         if isinstance(p, DTensor):
             raise TypeError(
                 f"A worker of EF21Muon compresses gradients of its own of whole matrices, but a parameter of shape "
-                f"{tuple(p.shape)} is divided among ranks ({', '.join(map(str, p.placements))}): give every rank the whole "
+                f"{tuple(p.shape)} lies on several ranks ({', '.join(map(str, p.placements))}): give every rank the whole "
                 f"model, or take schatten.Muon, which steps sharded ones."
             )
         return super()._fresh_state(p, group)

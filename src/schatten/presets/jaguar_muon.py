@@ -114,7 +114,7 @@ class JaguarMuon(SpectralOptimizer):
         if isinstance(p, DTensor):
             raise TypeError(
                 f"JaguarMuon moves weights and evaluates the loss without a backward, until which FSDP2 goes on with the "
-                f"weights it has gathered, but a parameter of shape {tuple(p.shape)} is divided among ranks "
+                f"weights it has gathered, but a parameter of shape {tuple(p.shape)} lies on several ranks "
                 f"({', '.join(map(str, p.placements))}): give every rank the whole model, as in DistributedDataParallel."
             )
         return super()._fresh_state(p, group)
