@@ -110,6 +110,14 @@ def test_nothing_travels_for_experts_that_ranks_hold_whole():
     assert not bucket.travels_in and not bucket.travels_out
 
 
+def test_experts_that_stay_share_no_bucket_with_what_travels():
+    on = Arrangement((5,), (Shard(0),))
+    several = [t for t in travellers(schatten.Muon, on, on) if t.shape in ((5, 8, 8), (12, 6), (24, 8))]
+    sent, stays = schedule(several, 0, 5, 1 << 30)
+    assert {item.traveller.shape for item in sent.items} == {(12, 6), (24, 8)} and sent.travels_in and sent.travels_out
+    assert {item.traveller.shape for item in stays.items} == {(5, 8, 8)} and not stays.travels_in and not stays.travels_out
+
+
 def test_buckets_keep_to_their_bytes_and_their_number_does_not_depend_on_that_of_matrices():
     on = Arrangement((2,), (Shard(0),))
     opt = schatten.Muon([torch.nn.Parameter(torch.zeros(8, 8))])

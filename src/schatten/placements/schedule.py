@@ -9,6 +9,7 @@ never depend on which gradients there are. What a rule needs decides what travel
 | need whole matrices | gradient, weight, all state | weight, all state |
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -107,13 +108,23 @@ def schedule(travellers: Sequence[Traveller], rank: int, ranks: int, max_bytes: 
 
 def in_buckets(travellers: Sequence[Traveller], ranks: int, max_bytes: int) -> list[list[tuple[Item, Sequence[float]]]]:
     """The items of each bucket, without owners yet, with the cost of each block; of a step that may allocate `max_bytes`."""
+    apart: dict[tuple[bool, torch.dtype], list[list[tuple[Item, Sequence[float]]]]] = defaultdict(list)
+    for t in reversed(travellers):
+        items = [_item(t, p) for p in range(len(t.pieces))]
+        # Experts that stay would wait in one bucket with what travels.
+        apart[all(_stays(item) for item, _ in items), t.dtype].append(items)
     found = []
-    for dtype in dict.fromkeys(t.dtype for t in travellers):
-        items = [[_item(t, p) for p in range(len(t.pieces))] for t in reversed(travellers) if t.dtype == dtype]
-        sized = [(own, *_bytes(own, dtype.itemsize)) for own in items]
+    for (_, dtype), same in sorted(apart.items(), key=lambda one: one[0][0]):
+        sized = [(own, *_bytes(own, dtype.itemsize)) for own in same]
         members = buckets(sized, ranks, int(max_bytes * TRAVEL_SHARE))
         found += [[item for own in bucket for item in own] for bucket in members]
     return found
+
+
+def _stays(item: Item) -> bool:
+    """Whether each block is whole on a rank and nowhere else."""
+    first = next(iter(item.incoming.values()))
+    return item.traveller.weights.copies == 1 and all(first.holders(b) for b in range(len(first.blocks)))
 
 
 def _bytes(items: Sequence[tuple[Item, Sequence[float]]], itemsize: int) -> tuple[int, int]:
