@@ -61,7 +61,8 @@ def test_every_bucket_starts_in_backward_where_it_may_and_comes_back_after_the_s
         run = own["placements"][i]
         assert len(run["ahead"]) == len(run["waiting"]) == STEPS
         for ahead, waiting in zip(run["ahead"], run["waiting"], strict=True):
-            assert waiting == 1 if max_bytes == ONE else waiting > 5
+            # One bucket of what travels and one of the experts that stay whole on their rank.
+            assert waiting == 2 if max_bytes == ONE else waiting > 5
             # A DistributedDataParallel module reduces gradients after the hooks of its parameters.
             assert sum(started for started, _ in ahead) == (0 if "DDP" in name else waiting)
 
