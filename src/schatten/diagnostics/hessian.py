@@ -52,7 +52,7 @@ class Hessian:
                     f"parallel), whose gathering has no second derivative: measure on a copy of the model on one process."
                 )
             if not p.requires_grad:
-                raise ValueError(f"A parameter of shape {tuple(p.shape)} has requires_grad=False, so the loss has no Hessian there.")
+                raise ValueError(f"A parameter of shape {tuple(p.shape)} has requires_grad=False: the loss has no Hessian there.")
         self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._devices = devices_of(self.params)
         self.products = 0
