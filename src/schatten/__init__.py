@@ -7,7 +7,19 @@ print(opt.plan)
 
 from importlib.metadata import version
 
-from schatten import compressors, converters, directions, maps, presets, retractions, scales, schedules, signals, solvers
+from schatten import (
+    compressors,
+    converters,
+    diagnostics,
+    directions,
+    maps,
+    presets,
+    retractions,
+    scales,
+    schedules,
+    signals,
+    solvers,
+)
 from schatten.checkpoint_file import load, save
 from schatten.clip import clip_grad_norm_
 from schatten.convert_lr import convert_lr, convert_weight_decay
@@ -15,6 +27,7 @@ from schatten.ema_nesterov import EMANesterov
 from schatten.functions import apply_map, spectral_power
 from schatten.initialise import init_spectral_
 from schatten.layout import Layout
+from schatten.monitor import Monitor
 from schatten.optimizer import SpectralOptimizer
 from schatten.polar import polar
 from schatten.presets import (
@@ -67,6 +80,7 @@ __all__ = [
     "Layout",
     "Lion",
     "LionK",
+    "Monitor",
     "Muon",
     "MuonEq",
     "MuonMVR",
@@ -91,6 +105,7 @@ __all__ = [
     "convert_lr",
     "convert_weight_decay",
     "converters",
+    "diagnostics",
     "directions",
     "init_spectral_",
     "load",

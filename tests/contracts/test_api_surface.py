@@ -18,7 +18,7 @@ PROMISED = {
     *("Muon", "Lion", "SpectralSGD", "SpectralAdam", "Fanion", "FMuon", "SMuon", "Neon", "MuonMVR", "EF21Muon", "JaguarMuon"),
     *("MuonPlusPlus", "NorMuon", "AdaMuon", "Scion", "PolarGrad", "Hyperball", "SOAPMuon", "Dion", "Dion2"),
     *("Plan", "Rule", "SpectralOptimizer", "apply_map", "init_spectral_", "plan", "polar", "spectral_power"),
-    *("maps", "presets", "retractions", "scales", "signals", "solvers"),
+    *("Monitor", "diagnostics", "maps", "presets", "retractions", "scales", "signals", "solvers"),
 }
 
 OPTIONAL = {

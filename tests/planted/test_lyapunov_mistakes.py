@@ -1,14 +1,17 @@
 """Wrong Lyapunov functions and wrong steps: each is caught by the problems of `test_lyapunov.py`, so that those can fail."""
 
 import functools
+from importlib import import_module
 
 import pytest
 import torch
 
-from schatten.diagnostics import lyapunov as module
 from schatten.diagnostics.fenchel_young import fenchel_young
 from schatten.diagnostics.lyapunov import lyapunov, lyapunov_change_bound, lyapunov_constant
 from tests.facts.lyapunov_problems import ROUNDING, problems, slacks
+
+# The functions have their files' names.
+module = import_module("schatten.diagnostics.lyapunov")
 
 FOURS = 34
 

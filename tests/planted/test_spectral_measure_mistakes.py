@@ -2,16 +2,19 @@
 
 import math
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
-from schatten.diagnostics import noise_scale as module
 from schatten.diagnostics.core import Estimate
 from schatten.diagnostics.noise_scale import NoiseScale, noise_scale
 from schatten.diagnostics.singular_values import singular_values
 from tests.contracts import measure_laws as laws
 from tests.contracts import noise_draws
+
+# The functions have their files' names.
+module = import_module("schatten.diagnostics.noise_scale")
 
 
 def squared(X):

@@ -127,7 +127,16 @@ class Attention:
     key: str = KEY
     fused: str = FUSED
 
+    def check(self, of: Whole) -> None:
+        """Raise ValueError where no projection is found, or one does not have the heads."""
+        if not list(self._projections(of.parameters)):
+            raise ValueError(
+                f"No parameter is a query and a key projection by name, of {', '.join(of.parameters) or 'none'}: pass "
+                f"Attention(query=, key=) or Attention(fused=), regular expressions that find them."
+            )
+
     def __call__(self, of: Whole) -> Mapping[str, Tensor]:
+        self.check(of)
         products, joints, bounds = [], [], []
         for own in self._projections(of.parameters):
             if self.heads is None:
@@ -138,11 +147,6 @@ class Attention:
             products.append(norms.product.amax())
             joints.append(norms.joint.amax())
             bounds.append(measure(radius=self.radius, query_bias=own.query_bias, key_bias=own.key_bias))
-        if not products:
-            raise ValueError(
-                f"No parameter is a query and a key projection by name, of {', '.join(of.parameters) or 'none'}: pass "
-                f"Attention(query=, key=) or Attention(fused=), regular expressions that find them."
-            )
         found = {"products": _stacked(products)}
         if bounds:
             found |= {

@@ -61,6 +61,10 @@ class Quantity(Protocol):
     numbers or one for each block, (blocks,), on the device and without waiting for it. `columns` says of each name
     what it is and in which unit, `needs` what it reads besides weights, `cost` what it computes, in Hessian-vector products or
     matrix products.
+
+    A quantity may also have `check(of: Whole) -> None`, which raises for a model it cannot measure, at construction of the
+    monitor and not in the middle of a training; and `alarm(previous, now) -> str | None`, which says what is wrong if the
+    numbers of one matrix, by column, changed from `previous` to `now` as they never should.
     """
 
     name: ClassVar[str]

@@ -30,6 +30,9 @@ class Hessian:
 
     Kernels of one's own may have no second derivative and yet raise nothing: `mistake` finds them.
 
+    It belongs to the weights it was made at: drop it before they change. Autograd notices most changes, but not those of
+    torch's fused optimizers, after which products would be of both.
+
     Raises TypeError for a loss that is no callable, for DTensors (FSDP2, tensor parallel), whose gathering has no second
     derivative; ValueError for parameters without `requires_grad`, a loss that does not depend on the parameters, and one with
     reentrant checkpoints.
@@ -48,16 +51,7 @@ class Hessian:
         if not self._losses or not all(callable(one) for one in self._losses):
             raise TypeError(f"loss must be a function without arguments that returns the loss, or several, got {loss!r}.")
         self.params, self._model = list(params), model
-        for p in self.params:
-            if isinstance(p, DTensor):
-                raise TypeError(
-                    f"Hessian products need whole parameters, but one of shape {tuple(p.shape)} is a DTensor (FSDP2, tensor "
-                    f"parallel), whose gathering has no second derivative: measure on a copy of the model on one process."
-                )
-            if not p.requires_grad:
-                raise ValueError(
-                    f"A parameter of shape {tuple(p.shape)} has requires_grad=False: the loss has no Hessian there."
-                )
+        check_differentiable(self.params)
         self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._devices = devices_of(self.params)
         self._generators = Generators(self._devices)
@@ -166,6 +160,18 @@ def _recomputes_in_hiding(value: Tensor) -> bool:
         seen.add(node)
         nodes.extend(before for before, _ in node.next_functions)
     return False
+
+
+def check_differentiable(params: Sequence[Tensor]) -> None:
+    """Raise TypeError for DTensors and ValueError for parameters that are not trained: a loss has no Hessian in them."""
+    for p in params:
+        if isinstance(p, DTensor):
+            raise TypeError(
+                f"Hessian products need whole parameters, but one of shape {tuple(p.shape)} is a DTensor (FSDP2, tensor "
+                f"parallel), whose gathering has no second derivative: measure on a copy of the model on one process."
+            )
+        if not p.requires_grad:
+            raise ValueError(f"A parameter of shape {tuple(p.shape)} has requires_grad=False: the loss has no Hessian there.")
 
 
 def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

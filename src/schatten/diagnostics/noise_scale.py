@@ -182,6 +182,10 @@ class Noise:
 
     batch_size: int = 1
 
+    def check(self, of: Whole) -> None:
+        """Raise ValueError for fewer than three losses."""
+        _enough(len(of.losses))
+
     def __call__(self, of: Whole) -> Mapping[str, Tensor]:
         gradients = micro_gradients(of.losses, list(of.parameters.values()))
         _check(gradients, self.batch_size)
@@ -194,12 +198,15 @@ class Noise:
         return {**found, "scales": each.value, "scales_error": each.error}
 
 
-def _check(gradients: Gradients, batch_size: int) -> None:
-    if len(gradients) < 3:
+def _enough(number: int) -> None:
+    if number < 3:
         raise ValueError(
-            f"A noise scale needs the losses or gradients of at least 3 micro-batches, whose spread has an error, got "
-            f"{len(gradients)}."
+            f"A noise scale needs the losses or gradients of at least 3 micro-batches, whose spread has an error, got {number}."
         )
+
+
+def _check(gradients: Gradients, batch_size: int) -> None:
+    _enough(len(gradients))
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be the number of samples in a micro-batch, at least 1, got {batch_size!r}.")
     shapes = {tuple(tuple(t.shape) for t in one) for one in gradients}

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from schatten.diagnostics.core import Estimate, Need, Whole
-from schatten.diagnostics.hessian import Hessian
+from schatten.diagnostics.hessian import Hessian, check_differentiable
 from schatten.diagnostics.lanczos import largest_eigenvalue
 
 ITERATIONS = 20
@@ -67,6 +67,10 @@ class Sharpness:
 
     iterations: int = ITERATIONS
     seed: int = 0
+
+    def check(self, of: Whole) -> None:
+        """Raise for parameters that have no products with a Hessian."""
+        check_differentiable(list(of.parameters.values()))
 
     def __call__(self, of: Whole) -> dict[str, Tensor]:
         L = sharpness(of.losses, list(of.parameters.values()), iterations=self.iterations, seed=self.seed)
