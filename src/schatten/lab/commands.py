@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from schatten.lab import advise_command
 from schatten.lab.config import CompareConfig
+from schatten.lab.diagnose_command import diagnose
 from schatten.lab.errors import InputError
 from schatten.lab.plan_command import plan
 
@@ -15,6 +17,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 lab = typer.Typer(no_args_is_help=True, help="Published experiments, run anew beside what was published.")
 app.add_typer(lab, name="lab")
 app.command()(plan)
+app.command()(diagnose)
+app.command("advise")(advise_command.command)
 
 # The same grid for every optimizer unless --lrs says otherwise.
 DEFAULT_LRS = "1e-3,2e-3,4e-3,8e-3"
@@ -73,6 +77,11 @@ def compare(
     final_eval_windows: Annotated[int, typer.Option(help="Validation windows at its end.")] = 2048,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints: what a kill loses at most.")] = 200,
     trackers: Annotated[str, typer.Option(help="Trackers of accelerate, comma separated; empty for none.")] = "tensorboard",
+    instruments: Annotated[
+        str,
+        typer.Option(help="What `schatten.Monitor` measures, for panels in the report: curvature,constraint, ... (seed 0)."),
+    ] = "",
+    instruments_every: Annotated[int | None, typer.Option(help="Steps between measurements; default --eval-every.")] = None,
 ) -> None:
     """Train one GPT with several optimizers from the same weights on the same batches, and show who learns faster.
 
@@ -118,6 +127,8 @@ def compare(
         final_eval_windows=final_eval_windows,
         save_every=save_every,
         trackers=tuple(name for name in trackers.split(",") if name),
+        instruments=tuple(name.strip() for name in instruments.split(",") if name.strip()),
+        instruments_every=instruments_every,
     )
     from schatten.lab import compare as comparison
 

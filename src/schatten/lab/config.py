@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.tracking import get_available_trackers
 
-from schatten.lab import optimizers
+from schatten.lab import instruments, optimizers
 from schatten.lab.errors import InputError
 
 SCHEDULES = ("cosine", "linear")
@@ -62,11 +62,15 @@ class CompareConfig:
     final_eval_windows: int = 2048
     save_every: int = 200
     trackers: tuple[str, ...] = ("tensorboard",)
+    instruments: tuple[str, ...] = ()
+    instruments_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
         assert self.warmup is not None
+        if self.instruments_every is None:
+            object.__setattr__(self, "instruments_every", self.eval_every)
         for name in self.optimizers:
             optimizers.check(name)
         if len(set(self.optimizers)) != len(self.optimizers) or not self.optimizers:
@@ -80,9 +84,10 @@ class CompareConfig:
         if unused := set(self.lrs) - set(self.optimizers):
             raise InputError(f"--lrs names {', '.join(sorted(unused))}, which --optimizers does not.")
         sizes = ("seeds", "steps", "layers", "heads", "width", "context", "batch", "accumulate")
-        for name in (*sizes, "eval_every", "eval_windows", "final_eval_windows", "save_every"):
+        for name in (*sizes, "eval_every", "eval_windows", "final_eval_windows", "save_every", "instruments_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        instruments.check(self.instruments, self.fsdp)
         if self.width % self.heads:
             raise InputError(f"--width must be a multiple of --heads, got {self.width} and {self.heads}.")
         available = [str(tracker) for tracker in get_available_trackers()]
@@ -131,4 +136,7 @@ class CompareConfig:
 
     def plain(self) -> dict[str, Any]:
         """This configuration as JSON values."""
-        return {**asdict(self), "optimizers": list(self.optimizers), "trackers": list(self.trackers), "lrs": dict(self.lrs)}
+        plain = {**asdict(self), "optimizers": list(self.optimizers), "trackers": list(self.trackers), "lrs": dict(self.lrs)}
+        # Off as a folder written before there were instruments has them.
+        measured = {"instruments": list(self.instruments), "instruments_every": self.instruments_every}
+        return {**plain, **(measured if self.instruments else dict.fromkeys(measured, False))}

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 
 from schatten.lab import plots
 from schatten.lab.compare import Setting, best, summarise
+from schatten.lab.config import Run
+from schatten.lab.instrument_panels import Panel, alarms, panels
 from schatten.lab.store import Store, write_atomically
 from schatten.lab.train import newest
 
@@ -38,6 +41,7 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child, td:last-child { text-align: left; }
 tr.best { font-weight: 600; background: #f3f7fb; }
 figure { margin: 2rem 0; }
+figure.small { display: inline-block; width: 49%; margin: 1rem 0; vertical-align: top; }
 figure img { max-width: 100%; height: auto; }
 figcaption { color: #555; font-size: .9rem; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
@@ -62,11 +66,14 @@ def write_report(folder: Path) -> Path:
         weights, bounds = _spectra(store, chosen)
         if weights:
             pictures["spectra"] = plots.spectra(weights, bounds)
-    images = {name: _png(pictures[name]) for name in CAPTIONS if name in pictures}
-    for name, image in images.items():
-        (folder / f"{name}.png").write_bytes(image)
+    measured = _instruments(store, chosen)
+    made = [Panel(name, caption, pictures[name]) for name, caption in CAPTIONS.items() if name in pictures]
+    images = []
+    for panel in [*made, *panels(measured)]:
+        images.append((panel, image := png(panel.figure)))
+        (folder / f"{panel.name}.png").write_bytes(image)
     report = folder / "report.html"
-    write_atomically(report, _page(config, settings, images))
+    write_atomically(report, _page(config, settings, images, alarms(measured)))
     return report
 
 
@@ -78,6 +85,14 @@ def _curves(store: Store, chosen: dict[str, Setting]) -> dict[str, list[list[dic
         for name, setting in chosen.items()
     }
     return {name: [[r for r in records if r["run"] == run] for run in runs] for name, runs in ids.items()}
+
+
+def _instruments(store: Store, chosen: dict[str, Setting]) -> dict[str, list[dict[str, Any]]]:
+    """Optimizer -> what instruments measured in its first seed at its best lr."""
+    ids = {name: Run(name, setting.lr, 0).id for name, setting in chosen.items()}
+    records = [r for r in store.records() if r["event"] == "instruments"]
+    found = {name: [r for r in records if r["run"] == run] for name, run in ids.items()}
+    return {name: own for name, own in found.items() if own}
 
 
 def _spectra(store: Store, chosen: dict[str, Setting]) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, float]]]:
@@ -95,14 +110,17 @@ def _spectra(store: Store, chosen: dict[str, Setting]) -> tuple[dict[str, dict[s
     return weights, bounds
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A picture as the bytes of a PNG file."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144)
     return buffer.getvalue()
 
 
-def _page(config: dict[str, Any], settings: list[Setting], images: dict[str, bytes]) -> str:
+def _page(
+    config: dict[str, Any], settings: list[Setting], images: Sequence[tuple[Panel, bytes]], alarms: Sequence[str] = ()
+) -> str:
     chosen = best(settings)
     rows = []
     tried = Counter(s.optimizer for s in settings)
@@ -117,9 +135,10 @@ def _page(config: dict[str, Any], settings: list[Setting], images: dict[str, byt
         )
     head = ("optimizer", "lr", "validation loss", "spread", "seeds", "seconds", "in optimizer", "")
     figures = [
-        f'<figure><img alt="{html.escape(CAPTIONS[name])}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
-        for name, image in images.items()
+        f"<figure{' class=small' if panel.small else ''}>"
+        f'<img alt="{html.escape(panel.caption)}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f"<figcaption>{html.escape(panel.caption)}</figcaption></figure>"
+        for panel, image in images
     ]
     return "\n".join(
         [
@@ -131,6 +150,10 @@ def _page(config: dict[str, Any], settings: list[Setting], images: dict[str, byt
             *rows,
             "</table><p>Losses in nats per token; spread is the standard deviation over seeds; a diverged run is inf.</p>",
             *figures,
+            *(
+                f"<h2>Alarms of the instruments</h2><ul>{''.join(f'<li>{html.escape(a)}</li>' for a in alarms)}</ul>"
+                for _ in alarms[:1]
+            ),
             f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre></html>",
         ]
     )

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from schatten.lab import optimizers, sharding
 from schatten.lab.config import CompareConfig, Run
 from schatten.lab.data import Corpus, batch, validation_windows
+from schatten.lab.instruments import Instruments, batches
 from schatten.lab.models import GPT, GPTConfig
 from schatten.lab.store import Store, replace_folder
 
@@ -75,6 +76,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare(self.own, device_placement=[not config.fsdp])
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of the steps since the last log record
+        self.instruments = self._instruments() if config.instruments and run.seed == 0 else None
 
     @property
     def is_main(self) -> bool:
@@ -130,9 +132,10 @@ class Trainer:
                 optimizer_seconds += self._clock() - before
                 self.optimizer.zero_grad()
                 losses.append(loss.detach())
+        measuring = self.instruments.seconds() if self.instruments else 0.0
         self.progress.step += 1
-        self.progress.seconds += self._clock() - start
-        self.progress.optimizer_seconds += optimizer_seconds
+        self.progress.seconds += self._clock() - start - measuring
+        self.progress.optimizer_seconds += optimizer_seconds - measuring
         return torch.stack(losses).mean()
 
     def _closure(self, batches: list[tuple[Tensor, Tensor]], values: list[Tensor]) -> Callable[[], Tensor]:
@@ -162,6 +165,24 @@ class Trainer:
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         pieces = zip(ids.chunk(self.config.accumulate), targets.chunk(self.config.accumulate), strict=True)
         return [(x[rank::world].to(device), y[rank::world].to(device)) for x, y in pieces]
+
+    def _instruments(self) -> Instruments:
+        assert self.config.instruments_every is not None
+        # Batches that no step sees, the same for every optimizer.
+        unseen = range(self.config.steps, self.config.steps + batches(self.config.instruments))
+        return Instruments(
+            self.config.instruments,
+            self.config.instruments_every,
+            self.own,
+            model=self.model,
+            losses=[self._fixed_loss(step) for step in unseen],
+            step=lambda: self.progress.step,
+            write=self._record_matrix,
+        )
+
+    def _fixed_loss(self, step: int) -> Callable[[], Tensor]:
+        ids, targets = self._micro_batches(step)[0]
+        return lambda: self._loss(ids, targets)
 
     def _clock(self) -> float:
         if self.accelerator.device.type == "cuda":
@@ -212,6 +233,12 @@ class Trainer:
             self.store.append({"run": self.run.id, "event": event, **times, **values})
             if self.config.trackers and event != "done":
                 self.accelerator.log({f"{event}/{name}": value for name, value in values.items()}, step=p.step)
+
+    def _record_matrix(self, record: Mapping[str, Any]) -> None:
+        if self.is_main:
+            p, values = self.progress, {key: value for key, value in record.items() if key not in ("step", "name")}
+            times = {"step": p.step + 1, "seconds": p.seconds, "optimizer_seconds": p.optimizer_seconds}
+            self.store.append({"run": self.run.id, "event": "instruments", **times, "matrix": record["name"], **values})
 
     def _finish(self, diverged: bool) -> None:
         loss = float("inf") if diverged else self.progress.validation_loss
