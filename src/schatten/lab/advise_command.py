@@ -68,7 +68,10 @@ def command(
     where = _device(device)
     torch.manual_seed(seed)
     own = advise_inputs.is_own_data(batches)
-    corpus = None if own else data.load(batches, tokens, context)
+    try:
+        corpus = None if own else data.load(batches, tokens, context)
+    except InputError as error:
+        raise InputError(str(error).replace("--data", "DATA")) from None
     if own and model == advise_inputs.DEMO:
         raise InputError(f"MODEL {model} reads text: give a text as DATA, or a model of your own.")
     if loss is not None and not own:
