@@ -201,7 +201,7 @@ def _quadrature(ritz: Ritz, steps: int, mass: Tensor) -> Tensor:
 
 
 def _larger(operator: Estimate, ritz: Ritz) -> Estimate:
-    at = ritz.values.abs().argmax()
-    value = ritz.values.abs()[at]
+    # take: an index that is a tensor would be read by the host.
+    value, at = ritz.values.abs().max(0)
     larger = value > operator.value
-    return Estimate(torch.maximum(value, operator.value), torch.where(larger, ritz.residuals[at], operator.error))
+    return Estimate(torch.maximum(value, operator.value), torch.where(larger, ritz.residuals.take(at), operator.error))

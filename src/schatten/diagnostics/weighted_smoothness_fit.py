@@ -105,7 +105,9 @@ def fit_weighted_smoothness(
     start = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(root)
     top = lanczos(lambda V: product(V @ root) @ root, start, steps, start=start).values.abs().amax()
     weights = top * missed * (vectors * values[..., None, :]) @ vectors.mT
-    D = run.vectors()[run.ritz.values.abs().argmax()].view(like.shape)
+    # An index of its own dimension: a number would be read by the host.
+    largest = run.ritz.values.abs().argmax(keepdim=True)
+    D = run.vectors().index_select(0, largest).view(like.shape)
     least = top.new_zeros(())
     for _ in range(ascents):
         HD = product(D).detach().double()
