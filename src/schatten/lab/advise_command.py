@@ -23,7 +23,9 @@ WIDE = 160
 
 
 def command(
-    model: Annotated[str, typer.Argument(help=f"gpt, {', '.join(zoo.MODELS)}, or your own as package.module:function.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"gpt, {', '.join(zoo.MODELS)}, or your own as package.module:function.")
+    ],
     batches: Annotated[
         str,
         typer.Argument(

@@ -29,7 +29,7 @@ PLAIN_WIDTH = 120
 
 @app.callback()
 def root() -> None:
-    """Spectral optimizers: compare them on your data, plan them for your model."""
+    """Spectral optimizers: compare them on your data, plan them for your model, look into its weights and gradients."""
 
 
 @app.command()

@@ -16,7 +16,9 @@ from schatten.lab.errors import InputError
 
 
 def diagnose(
-    checkpoint: Annotated[Path, typer.Argument(help="A safetensors or torch file, an index of shards, or a folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A safetensors or torch file, an index of shards, or a folder.")
+    ],
     against: Annotated[Path | None, typer.Option(help="A second checkpoint: show what changed from the first to it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.html, its pictures and data.json.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
