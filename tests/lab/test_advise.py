@@ -10,7 +10,8 @@ from torch import nn
 
 from schatten.diagnostics.noise_scale import micro_gradients, noise_scale
 from schatten.lab import advise as advising
-from schatten.lab.advise import CONDITION, NO, POWERS, TRIED, UNDECIDED, YES
+from schatten.lab.advice import CONDITION, NO, POWERS, UNDECIDED, YES
+from schatten.lab.advise import TRIED
 from schatten.lab.jackknife import jackknife, log_jackknife
 
 

@@ -14,7 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from schatten.lab import advise_inputs, data, zoo
-from schatten.lab.advise import Advised, advise
+from schatten.lab.advice import Advised
+from schatten.lab.advise import advise
 from schatten.lab.errors import InputError
 from schatten.lab.jackknife import FEWEST, Interval
 
