@@ -4,6 +4,7 @@ They are forked from one process that has imported torch, which takes seconds an
 then starts in milliseconds.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -59,7 +60,9 @@ def run(
                 process.kill()
                 process.join()
         if failed:
-            raise AssertionError(f"Ranks {failed} of {function.__qualname__} failed.\n" + _printed(folder, size))
+            codes = [processes[rank].exitcode for rank in failed]
+            text = f"Ranks {failed} of {function.__qualname__} failed, with exit codes {codes}.\n"
+            raise AssertionError(text + _printed(folder, size))
         return [None if rank in dies else torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
@@ -102,6 +105,8 @@ def _rank(function: Callable[..., Any], rank: int, size: int, folder: Path, pati
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())
+    # A crash in compiled code leaves no traceback otherwise.
+    faulthandler.enable()
     warnings.simplefilter("error")
     # Ranks share the cores: with a thread for each core they are slower. Of the environment torch has read this long ago.
     torch.set_num_threads(1)
