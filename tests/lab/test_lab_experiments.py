@@ -1,168 +1,227 @@
-"""The published experiments: found by the folder's listing, right against a literal loop, run by the command line."""
+"""`schatten lab`: experiments are found by the folder's listing, flags are the fields of a Config, runs go on where they were.
 
-import itertools
+The commands run on a small experiment of their own, a file in a folder that is added to the package's.
+"""
+
+import importlib
 import json
-import math
 import pkgutil
-import statistics
+import subprocess
 import sys
 
 import pytest
-import torch
-from rich.console import Console
 
 from schatten import cli
-from schatten.lab import experiments
-from schatten.lab.experiments import fanions
+from schatten.lab import experiments, lab_commands
+from schatten.lab.experiment import Experiment
 
-METHODS = {method.name: method for method in fanions.methods("float64")}
-QUIET = Console(quiet=True)
-SIZE, TARGET = 12, 0.01
+TOY = '''"""Is twice a number larger? A question of its own.
 
+All settings are ours.
+"""
+from dataclasses import dataclass
 
-def three_quintics(S):
-    X = S / S.norm()
-    for _ in range(3):
-        Y = X @ X.T
-        X = 3.4445 * X - 4.7750 * Y @ X + 2.0315 * Y @ Y @ X
-    return X
+from schatten.lab.experiment import Experiment, option, verdict
 
 
-# The directions as the paper writes them.
-DIRECTIONS = {
-    "Muon": three_quintics,
-    "NSGD": lambda S: S / S.norm(),
-    "F-Muon": lambda S: three_quintics(S) / 2 + S / S.norm() / 2,
-    "SignSGD": torch.sign,
-    "S-Muon": lambda S: three_quintics(S) / 2 + 0.01 * S.sign() / 2,
-}
+@dataclass(frozen=True)
+class Config:
+    seeds: int = 2
+    size: int = option(3, "How many entries.")
+    share: float = option(0.5, "A share.")
+    data: str = option("digits", "A name.")
+    strict: bool = option(True, "A switch.")
+    grid: tuple[float, ...] = option((1.0, 2.0), "Numbers.")
+    limit: int | None = option(None, "A number, or nothing.")
 
 
-def literal_losses(name, problem, steps):
-    lr, momentum = METHODS[name].lr, METHODS[name].momentum
-    X, M, found = problem.start, torch.zeros_like(problem.start), []
-    for _ in range(steps):
-        found.append(0.5 * torch.trace(X.T @ problem.A @ X @ problem.B).item())
-        G = problem.A @ X @ problem.B
-        M = momentum * M + G
-        X = X - lr * DIRECTIONS[name](G + momentum * M)
-    return found
+def run(config, ledger):
+    for number in config.grid:
+        for seed in range(config.seeds):
+            case = {"number": number, "seed": seed}
+            def compute(number=number, seed=seed):
+                measured.append((number, seed))
+                if number < 0:
+                    raise KeyboardInterrupt
+                return {"twice": 2 * number + seed, "curve": [1.0, float("inf")]}
+            ledger.measure(case, compute)
 
 
-def in_fp64(problem):
-    return fanions.Problem(problem.A.double(), problem.B.double(), problem.start.double())
+def check(rows):
+    larger = [row["twice"] > row["number"] for row in rows]
+    return [verdict("twice a number", "larger", f"{sum(larger)} of {len(larger)}", all(larger), "exact arithmetic")]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("lab") / "new" / "folder"
-    return out, fanions.run(2, out, QUIET, size=SIZE, target=TARGET)
+measured = []
+EXPERIMENT = Experiment("a made-up paper", Config(), Config(size=300), run, check)
+'''
 
 
-def test_the_problem_is_symmetric_with_spectra_in_the_unit_interval():
-    problem = fanions.Problem.draw(60, 0)
-    for matrix in (problem.A, problem.B):
-        torch.testing.assert_close(matrix, matrix.T)
-        spectrum = torch.linalg.eigvalsh(matrix.double())
-        # fp32 rounding of a matrix of norm 1; of 60 uniform draws the extremes are within 0.1 except once in 500.
-        assert -1e-6 < spectrum[0] < 0.1 and 0.9 < spectrum[-1] < 1 + 1e-6
-    # 3600 entries: five standard errors of the deviation, 5 * 0.1 / sqrt(7200).
-    assert problem.start.std().item() == pytest.approx(0.1, abs=0.006)
-    assert not torch.equal(problem.start, fanions.Problem.draw(60, 1).start)
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """The experiment above, as if its file lay in the folder; its `measured` are the cases that were computed."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "toy_one.py").write_text(TOY)
+    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "schatten.lab.experiments.toy_one", raising=False)
+    importlib.invalidate_caches()
+    module = importlib.import_module("schatten.lab.experiments.toy_one")
+    yield module
+    sys.modules.pop("schatten.lab.experiments.toy_one", None)
+    vars(experiments).pop("toy_one", None)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_losses_are_those_of_the_literal_loop(name):
-    problem = in_fp64(fanions.Problem.draw(SIZE, 0))
-    found = list(itertools.islice(fanions.losses(METHODS[name], problem), 40))
-    # Both in fp64; 40 iterations of bounded steps amplify its rounding by far less than 1e6.
-    assert found == pytest.approx(literal_losses(name, problem, 40), rel=1e-9)
+@pytest.fixture
+def lab(monkeypatch, capsys):
+    """`lab(*arguments)`: exit code and output of `schatten lab`."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["schatten", "lab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr()
+
+    return run
 
 
-def test_every_row_is_the_literal_score(finished):
-    _, rows = finished
-    assert [row["method"] for row in rows] == list(DIRECTIONS)
-    for row in rows:
-        for seed, taken in enumerate(row["iterations"]):
-            problem = in_fp64(fanions.Problem.draw(SIZE, seed))
-            literal = literal_losses(row["method"], problem, 2 * row["published"])
-            expected = next(i for i, loss in enumerate(literal) if loss <= TARGET)
-            assert expected >= 20
-            # Rounded to bf16, a direction is off by about a per cent, and so may be the way to the target.
-            assert taken == pytest.approx(expected, rel=0.02, abs=2)
-        assert row["mean"] == statistics.fmean(row["iterations"])
-        assert row["standard deviation"] == statistics.stdev(row["iterations"])
-        assert row["ratio"] == row["mean"] / METHODS[row["method"]].published
+def rows(out, name="toy-one"):
+    return [json.loads(line) for line in (out / name / "rows.jsonl").read_text().splitlines()]
 
 
-def test_the_file_holds_the_rows_and_what_they_ran_on(finished):
-    out, rows = finished
-    saved = json.loads((out / "fanions.json").read_text())
-    assert saved["rows"] == [{**row, "iterations": list(row["iterations"])} for row in rows]
-    assert saved["experiment"] == "fanions" and saved["torch"] == torch.__version__ and saved["size"] == SIZE
-
-
-def test_a_run_that_never_arrives_is_infinite():
-    method = METHODS["S-Muon"]
-    assert fanions.iterations(method, fanions.Problem.draw(2, 0), target=-1.0) == math.inf
-
-
-def test_a_row_says_how_many_seeds_arrived_and_averages_those():
-    some = fanions.row(METHODS["S-Muon"], (445, math.inf, 1335))
-    assert (some["mean"], some["ratio"], some["arrived"]) == (890, 1.0, 2)
-    assert some["standard deviation"] == pytest.approx(445 * 2**0.5)
-    none = fanions.row(METHODS["Muon"], (math.inf,))
-    assert none["mean"] == none["ratio"] == math.inf and math.isnan(none["standard deviation"])
-    cells = {column.header: list(column.cells) for column in fanions.table([some, none]).columns}
-    assert cells["measured"] == ["890", "inf"] and cells["ratio"] == ["1.00", "inf"]
-    assert cells["spread"] == ["629", "-"] and cells["arrived"] == ["2 of 3", "0 of 1"]
-
-
-# -- the folder and the command line -----------------------------------------------------------------------------------
-
-
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(fanions.run, "__kwdefaults__", {"size": SIZE, "target": TARGET})
-    monkeypatch.setattr(sys, "argv", ["schatten", "lab", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code, capsys.readouterr()
-
-
-def test_every_file_of_the_folder_is_listed_with_its_question(monkeypatch, capsys):
+def test_every_file_of_the_folder_is_listed_with_its_question(lab, toy):
     files = {module.name.replace("_", "-") for module in pkgutil.iter_modules(experiments.__path__)}
-    code, printed = command(monkeypatch, capsys, "list")
-    lines = {line.split()[0]: line for line in printed.out.splitlines()}
-    assert code == 0 and set(lines) == files and "fanions" in files
-    for name, experiment in experiments.known().items():
-        assert experiment.question in lines[name] and experiment.source in lines[name]
+    code, printed = lab("list")
+    text = " ".join(printed.out.split())
+    assert code == 0 and {"fanions", "toy-one"} <= files == set(experiments.names())
+    for name in files:
+        experiment = experiments.load(name)
+        assert isinstance(experiment, Experiment)
+        assert f"{name} {' '.join(experiments.claim(name).split())} ({experiment.source})" in text
 
 
-def test_a_run_shows_the_table_and_says_where_the_rows_are(tmp_path, monkeypatch, capsys):
-    code, printed = command(monkeypatch, capsys, "run", "fanions", "--seeds=1", f"--out={tmp_path}")
-    assert code == 0
-    rows = json.loads((tmp_path / "fanions.json").read_text())["rows"]
-    assert str(tmp_path / "fanions.json") in printed.out.replace("\n", "")
-    for row in rows:
-        line = next(line for line in printed.out.splitlines() if f" {row['method']} " in line)
-        assert f" {row['published']} " in line and f" {row['mean']:.0f} " in line and f" {row['ratio']:.2f} " in line
+def test_a_run_shows_verdicts_and_says_where_the_rows_are(tmp_path, lab, toy):
+    code, printed = lab("run", "toy-one", f"--out={tmp_path / 'new' / 'folder'}")
+    assert code == 0 and toy.measured == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1)]
+    assert "4 of 4" in printed.out and "reproduced" in printed.out
+    file = tmp_path / "new" / "folder" / "toy-one" / "rows.jsonl"
+    assert str(file) in printed.out.replace("\n", "")
+    first = rows(file.parents[1])[0]
+    assert first["case"] == {"number": 1.0, "seed": 0} and first["found"] == {"twice": 2.0, "curve": [1.0, "inf"]}
+    stamp = first["run"]
+    assert stamp["config"]["size"] == 3 and stamp["versions"]["torch"] and stamp["device"] and stamp["seconds"] >= 0
+
+
+def test_flags_are_the_fields_of_the_config(tmp_path, lab, toy):
+    flags = ("--seeds=1", "--size=7", "--share=0.25", "--data=here", "--no-strict", "--grid=3,4.5", "--limit=9")
+    assert lab("run", "toy-one", *flags, f"--out={tmp_path}")[0] == 0
+    saved = json.loads((tmp_path / "toy-one" / "config.json").read_text())
+    expected = {"seeds": 1, "size": 7, "share": 0.25, "data": "here", "strict": False, "grid": [3.0, 4.5], "limit": 9}
+    assert saved == expected
+    assert [row["case"]["number"] for row in rows(tmp_path)] == [3.0, 4.5]
+
+
+def test_full_takes_the_published_settings_but_for_what_is_given(tmp_path, lab, toy):
+    assert lab("run", "toy-one", "--full", "--seeds=1", f"--out={tmp_path}")[0] == 0
+    saved = json.loads((tmp_path / "toy-one" / "config.json").read_text())
+    assert (saved["size"], saved["seeds"], saved["share"]) == (300, 1, 0.5)
+
+
+def test_help_shows_the_question_the_settings_and_both_defaults(lab, toy):
+    code, printed = lab("run", "toy-one", "--help")
+    text = " ".join(printed.out.split())
+    assert code == 0 and "Is twice a number larger?" in text and "All settings are ours." in text
+    assert "--size <int> How many entries. Default 3, with --full 300." in text
+    assert "--grid" in text and "Numbers. Default 1.0,2.0." in text and "--no-strict" in text
+
+
+def test_finished_cases_are_not_measured_again(tmp_path, lab, toy):
+    lab("run", "toy-one", f"--out={tmp_path}")
+    before = (tmp_path / "toy-one" / "rows.jsonl").read_text()
+    code, printed = lab("run", "toy-one", f"--out={tmp_path}")
+    assert code == 0 and len(toy.measured) == 4 and "4 of 4" in printed.out
+    assert (tmp_path / "toy-one" / "rows.jsonl").read_text() == before
+
+
+def test_a_killed_run_goes_on_with_the_case_it_was_at(tmp_path, lab, toy):
+    lab("run", "toy-one", f"--out={tmp_path}")
+    file = tmp_path / "toy-one" / "rows.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    # Killed while the third of four lines was written.
+    file.write_text("".join(lines[:2]) + lines[2][:40])
+    toy.measured.clear()
+    code, printed = lab("run", "toy-one", f"--out={tmp_path}")
+    assert code == 0 and toy.measured == [(2.0, 0), (2.0, 1)] and "4 of 4" in printed.out
+    toy.measured.clear()
+    assert lab("run", "toy-one", f"--out={tmp_path}")[0] == 0 and toy.measured == []
+
+
+def test_again_measures_all_anew_even_with_other_settings(tmp_path, lab, toy):
+    lab("run", "toy-one", f"--out={tmp_path}")
+    code, _ = lab("run", "toy-one", "--grid=5", "--again", f"--out={tmp_path}")
+    assert code == 0 and [row["case"]["number"] for row in rows(tmp_path)] == [5.0, 5.0]
+
+
+def test_rows_of_other_settings_are_refused_and_kept(tmp_path, lab, toy):
+    lab("run", "toy-one", f"--out={tmp_path}")
+    before = rows(tmp_path)
+    code, printed = lab("run", "toy-one", "--size=4", f"--out={tmp_path}")
+    assert code == 2 and "size: 3 there, 4 now" in printed.err and "--again" in printed.err
+    assert rows(tmp_path) == before
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that `--all` starts, which end at once; those of an experiment in `commands.bad` with an error."""
+
+    class Commands(list):
+        bad: tuple[str, ...] = ()
+
+        def run(self, command, **options):
+            self.append(command[1:])
+            failed = any(name in command for name in self.bad)
+            return subprocess.CompletedProcess(command, 2 if failed else 0, " a table", "what went wrong" if failed else "")
+
+    started = Commands()
+    monkeypatch.setattr(lab_commands.subprocess, "run", started.run)
+    return started
+
+
+def test_all_runs_every_experiment_in_a_process_of_its_own(tmp_path, lab, toy, commands):
+    code, printed = lab("run", "--all", "--seeds=1", "--full", "--again", f"--out={tmp_path}")
+    flags = ["--full", "--again", "--out", str(tmp_path), "--seeds", "1"]
+    assert code == 0 and commands == [["-m", "schatten", "lab", "run", name, *flags] for name in experiments.names()]
+    assert all(f"{name}: finished" in printed.out for name in experiments.names())
+
+
+def test_all_goes_on_after_a_failure_and_names_it(tmp_path, lab, toy, commands):
+    commands.bad = ("fanions",)
+    code, printed = lab("run", "--all", f"--out={tmp_path}")
+    assert code == 2 and len(commands) == len(experiments.names())
+    assert "fanions: failed, exit code 2" in printed.out and "what went wrong" in printed.out
+    assert "toy-one: finished" in printed.out and "fanions did not finish" in printed.err and "toy-one" not in printed.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fanion"], "no 'fanion': known are"),
-        (["fanions", "--seeds=0"], "--seeds must be at least 1, got 0"),
-        (["fanions", "--seeds=some"], "seeds"),
-        (["fanions", "--out={file}"], "is a file or in one"),
-        (["fanions", "--out={file}/deeper"], "is a file or in one"),
+        ([], "NAME is missing: name an experiment ("),
+        (["toy-one", "--seeds=0"], "--seeds must be at least 1, got 0"),
+        (["--all", "--jobs=0"], "--jobs must be at least 1, got 0"),
+        (["toy-one", "--seeds=some"], "--seeds"),
+        (["toy-one", "--grid=1,b"], "--grid takes float values separated by commas, got '1,b'"),
+        (["toy-one", "--widht=3"], "--widht"),
+        (["toy-one", "more"], "more"),
+        (["toy-one", "--out={file}"], "is a file or in one"),
+        (["toy-one", "--out={file}/deeper"], "is a file or in one"),
     ],
 )
-def test_wrong_input_ends_with_exit_code_two(tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_input_ends_with_exit_code_two(tmp_path, lab, toy, arguments, message):
     file = tmp_path / "file"
     file.write_text("mine")
-    code, printed = command(monkeypatch, capsys, "run", *(a.format(file=file) for a in arguments))
+    code, printed = lab("run", *(a.format(file=file) for a in arguments))
     assert code == 2
-    assert message in printed.err
-    assert "Traceback" not in printed.err
+    assert message in " ".join(printed.err.split())
+    assert "Traceback" not in printed.err and toy.measured == []
     assert file.read_text() == "mine"

@@ -5,26 +5,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from schatten.lab import advise_command
+from schatten.lab import advise_command, lab_commands
 from schatten.lab.config import CompareConfig
 from schatten.lab.diagnose_command import diagnose
 from schatten.lab.errors import InputError
+from schatten.lab.lab_commands import console
 from schatten.lab.plan_command import plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-lab = typer.Typer(no_args_is_help=True, help="Published experiments, run anew beside what was published.")
-app.add_typer(lab, name="lab")
+app.add_typer(lab_commands.app, name="lab")
 app.command()(plan)
 app.command()(diagnose)
 app.command("advise")(advise_command.command)
 
 # The same grid for every optimizer unless --lrs says otherwise.
 DEFAULT_LRS = "1e-3,2e-3,4e-3,8e-3"
-
-# Output for a file or a pipe has no width of its own; tables need this much.
-PLAIN_WIDTH = 120
 
 
 @app.callback()
@@ -67,7 +63,7 @@ def compare(
     beta1: Annotated[float, typer.Option(help="AdamW's first beta.")] = 0.9,
     beta2: Annotated[float, typer.Option(help="AdamW's second beta.")] = 0.99,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up; default a twentieth of --steps.")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine, or linear: constant, then a cool-down over the last 40 %.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="cosine, constant, or linear: with a cool-down over the last 40 %.")] = "cosine",
     final_lr: Annotated[float, typer.Option(help="The last learning rate as a share of the peak.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Global gradient norm to clip at; 0 is off.")] = 1.0,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
@@ -159,36 +155,6 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     console().print(f"report: {write_report(folder)}")
 
 
-@lab.command("list")
-def list_experiments() -> None:
-    """List the experiments, one line each."""
-    from schatten.lab.experiments import known
-
-    for name, experiment in known().items():
-        console().print(f"{name:12} {experiment.question} ({experiment.source})", highlight=False)
-
-
-@lab.command("run")
-def run_experiment(
-    name: Annotated[str, typer.Argument(help="An experiment; `schatten lab list` lists them.")],
-    seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for NAME.json, which is replaced if it is there.")] = Path("runs/lab"),
-) -> None:
-    """Run a published experiment, show its table beside the published one, and leave its rows in NAME.json."""
-    from schatten.lab.experiments import known
-
-    experiments = known()
-    if name not in experiments:
-        raise InputError(f"NAME has no {name!r}: known are {', '.join(experiments)}.")
-    if seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {seeds}.")
-    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
-        raise InputError(f"--out {out} is a file or in one: name a folder.")
-    rows = experiments[name].run(seeds, out, console())
-    console().print(experiments[name].table(rows))
-    console().print(f"rows: {out / f'{name}.json'}")
-
-
 def grids(entries: list[str], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     """`--lrs` as a grid per optimizer: an entry without a name is everybody's, one with a name replaces it there."""
     from schatten.lab.optimizers import default_lr
@@ -207,9 +173,3 @@ def grids(entries: list[str], names: tuple[str, ...]) -> dict[str, tuple[float, 
         for key in (name,) if separator else names:
             found[key] = grid
     return found
-
-
-def console() -> Console:
-    """The terminal, or a plain stream wide enough for tables."""
-    standard = Console()
-    return standard if standard.is_terminal else Console(width=PLAIN_WIDTH)

@@ -8,13 +8,9 @@ from accelerate.tracking import get_available_trackers
 
 from schatten.lab import instruments, optimizers
 from schatten.lab.errors import InputError
-
-SCHEDULES = ("cosine", "linear")
+from schatten.lab.schedule import SCHEDULES, lr_factor
 
 PRECISIONS = ("no", "bf16", "fp16")
-
-# The share of a linear schedule that is cool-down; before it the lr is constant.
-COOLDOWN = 0.4
 
 
 @dataclass(frozen=True)
@@ -124,15 +120,7 @@ class CompareConfig:
 
     def lr_factor(self, step: int) -> float:
         """The lr of a step (0-based) as a share of the peak: linear warm-up, then cosine decay or constant with cool-down."""
-        warmup = self.warmup or 0
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        if self.schedule == "cosine":
-            decay = 0.5 * (1 + math.cos(math.pi * progress))
-        else:
-            decay = min(1.0, (1 - progress) / COOLDOWN)
-        return self.final_lr + (1 - self.final_lr) * decay
+        return lr_factor(self.schedule, step, self.steps, warmup=self.warmup or 0, final=self.final_lr)
 
     def plain(self) -> dict[str, Any]:
         """This configuration as JSON values."""

@@ -20,6 +20,12 @@ EMBEDDED = "pydoc"
 
 TRAIN_SHARE = 0.9
 
+# The first number of llm.c's token files, of GPT-2's and of Llama's tokens.
+LLM_C = (20240520, 20240801)
+
+# Of a token of 32 bits below 262,144, the upper 16 bits.
+HIGH_HALF = 3
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -79,6 +85,8 @@ def _decode(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise InputError(f"{path} ends within a character, at byte {error.start}: it was cut off.") from None
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or give train.bin and val.bin.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
@@ -95,7 +103,11 @@ def _hugging_face(name: str) -> str:
         raise InputError(f"hf:{name} could not be loaded: {str(error).splitlines()[0]}") from None
     if "text" not in (rows.column_names or []):
         raise InputError(f"hf:{name} has no column 'text', but {rows.column_names}.")
-    return "\n\n".join(rows["text"])
+    texts = rows["text"]
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise InputError(f"hf:{name} has no text in row {wrong}, but {texts[wrong]!r}.")
+    return "\n\n".join(texts)
 
 
 def _memory_maps(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
@@ -104,10 +116,25 @@ def _memory_maps(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
         file = path / name
         if not file.exists():
             raise InputError(f"{path} has train.bin but no val.bin.")
-        if file.stat().st_size == 0 or file.stat().st_size % 2:
-            raise InputError(f"{file} has {file.stat().st_size} bytes, not a whole number of uint16 tokens: it is damaged.")
-        parts.append(np.memmap(file, dtype=np.uint16, mode="r"))
+        parts.append(_memory_map(file))
     return parts[0], parts[1], 1 + int(max(part.max() for part in parts))
+
+
+def _memory_map(file: Path) -> np.ndarray:
+    """Token ids of 16 bits; other widths and files with a header would read as tokens too, so they are told apart here."""
+    try:
+        size = file.stat().st_size
+        if size == 0 or size % 2:
+            raise InputError(f"{file} has {size} bytes, not a whole number of uint16 tokens: it is damaged.")
+        tokens = np.memmap(file, dtype=np.uint16, mode="r")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from None
+    if size >= 4 and int.from_bytes(tokens[:2].tobytes(), "little") in LLM_C:
+        raise InputError(f"{file} begins with llm.c's header of 256 numbers, nanoGPT's files have none: cut it off.")
+    start = tokens[: 1 << 16]
+    if len(start) >= 64 and start[1::2].max() <= HIGH_HALF < start[::2].max():
+        raise InputError(f"{file} seems to hold tokens of 32 bits, nanoGPT's have 16: write it as uint16.")
+    return tokens
 
 
 def _fingerprint(train: np.ndarray, validation: np.ndarray, vocabulary: int) -> str:

@@ -115,9 +115,19 @@ def default_lr(name: str) -> float:
 
 
 def build(
-    name: str, model: nn.Module, *, lr: float, weight_decay: float | None, betas: tuple[float, float]
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float | None,
+    betas: tuple[float, float],
+    aux: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` for all of `model`; `weight_decay=None` is its own."""
+    """The optimizer `name` for all of `model`; `weight_decay=None` is its own.
+
+    `aux` has the lr, weight_decay or eps of the AdamW that embeddings, heads and vectors get beside a spectral rule, where
+    they differ from the matrices'; torch's AdamW, which is one rule for all, takes none.
+    """
     check(name)
     if name == BASELINE:
         params = dict(model.named_parameters())
@@ -134,7 +144,7 @@ def build(
     route, extra = ("spectral", {"layout": "flat"}) if others else ("adamw", {})
     vectors_rule = {"weight_decay": 0.0, **extra}
     rules = [(entry.name, route, vectors_rule) for entry in schatten.plan(model) if len(entry.shape) < 2]
-    return contestant.preset(model, lr=lr, adamw={"betas": betas}, rules=rules, **options)
+    return contestant.preset(model, lr=lr, adamw={"betas": betas, **(aux or {})}, rules=rules, **options)
 
 
 def evaluates(name: str) -> bool:

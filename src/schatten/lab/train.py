@@ -18,6 +18,7 @@ from schatten.lab.config import CompareConfig, Run
 from schatten.lab.data import Corpus, batch, validation_windows
 from schatten.lab.instruments import Instruments, batches
 from schatten.lab.models import GPT, GPTConfig
+from schatten.lab.stepper import Stepper
 from schatten.lab.store import Store, replace_folder
 
 # Steps between log records and looks at the loss; each look waits for the device.
@@ -74,6 +75,7 @@ class Trainer:
         self.evaluates = optimizers.evaluates(run.optimizer)
         # A sharded model is on its device; accelerate would copy the state of its optimizer there once more.
         self.optimizer = self.accelerator.prepare(self.own, device_placement=[not config.fsdp])
+        self.stepper = Stepper(self.accelerator, self.model, self.optimizer, self.model, config.clip)
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of the steps since the last log record
         self.instruments = self._instruments() if config.instruments and run.seed == 0 else None
@@ -107,52 +109,16 @@ class Trainer:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def _step(self) -> Tensor:
-        step = self.progress.step
-        for group in self.optimizer.param_groups:
-            # A group's own peak: AdamW's differs from the matrices' where their units do.
-            group["lr"] = group["initial_lr"] * self.config.lr_factor(step)
-        start = time.perf_counter()
-        optimizer_seconds = 0.0
-        losses = []
-        if self.evaluates:
-            before = self._clock()
-            # accelerate's step() returns nothing, so the closure leaves its values here; the last is at the present weights.
-            self.optimizer.step(self._closure(self._micro_batches(step), values := []))
-            losses.append(values[-1])
-            optimizer_seconds = self._clock() - before
-            self.optimizer.zero_grad()
-        for ids, targets in () if self.evaluates else self._micro_batches(step):
-            with self.accelerator.accumulate(self.model):
-                loss = self._loss(ids, targets)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.config.clip:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-                before = self._clock()
-                self.optimizer.step()
-                optimizer_seconds += self._clock() - before
-                self.optimizer.zero_grad()
-                losses.append(loss.detach())
+        step, stepper = self.progress.step, self.stepper
+        stepper.set_lr(self.config.lr_factor(step))
+        pieces = self._micro_batches(step)
+        start, optimizing = time.perf_counter(), stepper.seconds
+        loss = stepper.step_with_closure(pieces[0]) if self.evaluates else stepper.step(pieces)
         measuring = self.instruments.seconds() if self.instruments else 0.0
         self.progress.step += 1
-        self.progress.seconds += self._clock() - start - measuring
-        self.progress.optimizer_seconds += optimizer_seconds - measuring
-        return torch.stack(losses).mean()
-
-    def _closure(self, batches: list[tuple[Tensor, Tensor]], values: list[Tensor]) -> Callable[[], Tensor]:
-        """What evaluates the loss of a step, with gradients where they are recorded; of one micro-batch (`CompareConfig`)."""
-        ((ids, targets),) = batches
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            loss = self._loss(ids, targets)
-            if torch.is_grad_enabled():
-                self.accelerator.backward(loss)
-                if self.config.clip:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-            values.append(self._mean(loss.detach()))
-            return values[-1]
-
-        return closure
+        self.progress.seconds += time.perf_counter() - start - measuring
+        self.progress.optimizer_seconds += stepper.seconds - optimizing - measuring
+        return loss
 
     def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.accelerator.autocast():  # a sharded model is not accelerate's to wrap
@@ -184,24 +150,14 @@ class Trainer:
         ids, targets = self._micro_batches(step)[0]
         return lambda: self._loss(ids, targets)
 
-    def _clock(self) -> float:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     # -- what is recorded ------------------------------------------------------------------------------------------
 
     def _log(self) -> bool:
-        mean = self._mean(torch.stack(self.losses).mean())
+        mean = self.stepper.mean(torch.stack(self.losses).mean())
         self.losses.clear()
         self.progress.train_loss = float(mean)
         self._record("train", loss=self.progress.train_loss, lr=self.optimizer.param_groups[0]["lr"])
         return bool(mean.isfinite())
-
-    def _mean(self, value: Tensor) -> Tensor:
-        mean = self.accelerator.reduce(value, "mean")
-        assert isinstance(mean, Tensor)
-        return mean
 
     def _evaluate(self, windows: int) -> bool:
         """Mean loss over `windows` fixed windows of the validation part; every process takes its share of each batch."""

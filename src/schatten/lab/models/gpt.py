@@ -1,4 +1,4 @@
-"""Models of the laboratory: a GPT."""
+"""A GPT: GPT-2's architecture without biases, at any size."""
 
 import math
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal attention. Query, key and value are separate matrices: fused, they would be orthogonalised as one."""
+    """Attention. Query, key and value are separate matrices: fused, they would be orthogonalised as one."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
         self.heads = config.heads
+        self.causal = causal
         self.dropout = config.dropout
         self.query, self.key, self.value, self.output = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
         head_width = config.width // config.heads
@@ -35,17 +36,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, is_causal=True, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, is_causal=self.causal, dropout_p=dropout)
         return self.output(y.transpose(1, 2).flatten(-2))
 
 
 class Block(nn.Module):
     """Pre-norm attention and a GELU network of four times the width."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width, bias=False)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.mlp_norm = nn.LayerNorm(config.width, bias=False)
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
