@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from schatten.lab import advise_command, lab_commands
+from schatten.lab import advise_command, lab_commands, sweep_command
 from schatten.lab.config import CompareConfig
 from schatten.lab.diagnose_command import diagnose
 from schatten.lab.errors import InputError
@@ -18,6 +18,7 @@ app.add_typer(lab_commands.app, name="lab")
 app.command()(plan)
 app.command()(diagnose)
 app.command("advise")(advise_command.command)
+app.command("sweep")(sweep_command.command)
 
 # The same grid for every optimizer unless --lrs says otherwise.
 DEFAULT_LRS = "1e-3,2e-3,4e-3,8e-3"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -99,10 +100,16 @@ def fit(
         report: called with every evaluation (step, loss); True ends the run there.
         folder: where checkpoints are kept; a run whose folder holds one goes on from it, bit for bit.
 
-    A loss that is not finite ends the run with `diverged`. Raises ValueError for a closure with `accumulate` above 1.
+    A loss that is not finite ends the run with `diverged`. Raises ValueError for a closure with `accumulate` above 1, and
+    for an `accumulate` that does not divide `batch`, whose pieces would weigh unequally.
     """
+    if loop.batch % loop.accumulate:
+        raise ValueError(f"accumulate must divide batch, got {loop.accumulate} and {loop.batch}.")
     if closure and loop.accumulate > 1:
         raise ValueError(f"closure=True evaluates a whole batch at once and needs accumulate=1, got {loop.accumulate}.")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != loop.mixed_precision:
+        # accelerate holds one precision for a process and refuses another, but no run outlives this function.
+        AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=loop.mixed_precision,
@@ -127,7 +134,9 @@ def fit(
     while run.found.steps < loop.steps and not run.found.diverged and not stopped:
         loss = run.step(closure)
         run.found.train.append((run.found.steps, loss))
-        run.found.diverged = not math.isfinite(loss)
+        if not math.isfinite(loss):
+            # An evaluation before it may have been finite.
+            run.found.diverged, run.found.loss = True, math.inf
         if watch is not None:
             watch(run.found.steps, model, own)
         last = run.found.steps == loop.steps
