@@ -50,8 +50,10 @@ def _square_roots(A: Tensor) -> tuple[Tensor, Tensor]:
     Y, Z = A / c, eye.expand_as(A)
     three = (1.5 * eye).expand_as(A)
     for k in range(STEPS):
-        T = kernels.sym(Z, Y, three, 1.0, -0.5)
-        Y, Z = kernels.sym(Y, T, Y, 0.0, 1.0), kernels.sym(T, Z, Z, 0.0, 1.0)
+        # Full products: with half of each computed and mirrored, as kernels.sym may do, the iteration diverges where A is
+        # ill-conditioned (768 x 768, rank one and 1e-3 noise, in fp32).
+        T = torch.baddbmm(three, Z, Y, alpha=-0.5)
+        Y, Z = torch.bmm(Y, T), torch.bmm(T, Z)
         if k in (5, 10):
             Y, Z = (Y + Y.mT) / 2, (Z + Z.mT) / 2
     Y, Z = (Y + Y.mT) / 2, (Z + Z.mT) / 2
