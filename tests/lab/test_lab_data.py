@@ -82,11 +82,44 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, make, tokens, context,
         data.load(str(make(tmp_path)), tokens, context)
 
 
-def test_a_truncated_memory_map_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x00" * 33, "33 bytes, not a whole number of uint16 tokens: it is damaged"),
+        (b"", "0 bytes"),
+        (np.arange(400, dtype=np.uint32).tobytes(), "tokens of 32 bits, nanoGPT's have 16"),
+        (np.array([20240520, 1, 400, *[0] * 253], dtype=np.int32).tobytes() + b"\x01\x00" * 400, "llm.c's header"),
+        (np.arange(9, dtype=np.uint16).tobytes(), r"validation part of .* has 9 tokens, a window needs context \+ 2 = 10"),
+    ],
+)
+def test_a_memory_map_that_is_damaged_or_of_another_format_is_refused_by_name(tmp_path, content, message):
     np.arange(400, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    (tmp_path / "val.bin").write_bytes(b"\x00" * 33)
-    with pytest.raises(InputError, match=r"33 bytes.*damaged"):
+    (tmp_path / "val.bin").write_bytes(content)
+    with pytest.raises(InputError, match=message) as raised:
         data.load(str(tmp_path), "byte", 8)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_a_memory_map_of_few_kinds_of_tokens_is_none_of_32_bits(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.tile(np.array([1, 0, 3, 2], dtype=np.uint16), 100).tofile(tmp_path / name)
+    assert data.load(str(tmp_path), "byte", 8).vocabulary == 4
+
+
+def test_half_a_folder_of_memory_maps_is_refused(tmp_path):
+    np.arange(400, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(InputError, match=r"train\.bin but no val\.bin"):
+        data.load(str(tmp_path), "byte", 8)
+    (tmp_path / "val.bin").mkdir()
+    with pytest.raises(InputError, match=r"val\.bin"):
+        data.load(str(tmp_path), "byte", 8)
+
+
+def test_a_text_cut_within_a_character_is_refused(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes((TEXT + "naïve").encode()[:-3])
+    with pytest.raises(InputError, match=r"text\.txt ends within a character, at byte 1802: it was cut off"):
+        data.load(str(path), "byte", 8)
 
 
 def test_batches_are_a_function_of_seed_and_step_alone():

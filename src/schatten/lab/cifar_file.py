@@ -27,7 +27,7 @@ FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 
 # All that an array of bytes asks for, by numpy's present and former names and through every pickle protocol.
 NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-HARMLESS = {(m, n) for m in NUMPY for n in ("_reconstruct", "_frombuffer", "ndarray", "dtype")} | {("_codecs", "encode")}
+HARMLESS = {(module, name) for module in NUMPY for name in ("_reconstruct", "_frombuffer", "ndarray", "dtype")}
 
 Labelled = tuple[np.ndarray, np.ndarray]
 
@@ -106,7 +106,10 @@ class _Call:
 class _Unpickler(pickle.Unpickler):
     """Reads the few names of an array of bytes as notes and refuses all others: no code named by a file is looked up."""
 
-    def find_class(self, module_name: str, global_name: str, /) -> Callable[..., _Call]:
+    def find_class(self, module_name: str, global_name: str, /) -> Callable[..., Any]:
+        if (module_name, global_name) == ("_codecs", "encode"):
+            # How protocols below 3 write bytes, keys among them.
+            return lambda text, encoding: text.encode("latin1")
         if (module_name, global_name) not in HARMLESS:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which is code, not images")
         # A function of its own for each name, so that nothing a file does to it outlives the file.
@@ -146,11 +149,6 @@ def _pixels(data: Any) -> np.ndarray | None:
             pass
         case _:
             return None
-    match raw:
-        # How protocols before 3 write bytes.
-        case _Call(name="encode", arguments=(str() as text, "latin1" | b"latin1")):
-            # What is no byte is left out and then missed below.
-            raw = text.encode("latin1", errors="ignore")
     match dtype, shape:
         case _Call(name="dtype", arguments=("u1" | b"u1", *_)), (int() as count, width) if count > 0 and width == PIXELS:
             if isinstance(raw, (bytes, bytearray)) and len(raw) == count * PIXELS and order in ("C", "F"):

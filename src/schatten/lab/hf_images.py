@@ -1,5 +1,8 @@
 """Labelled images of a Hugging Face dataset: one column of images, one of class labels, found by their types."""
 
+import io
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,17 +55,27 @@ def _labelled(name: str, rows: Any, image: str, label: str) -> Labelled:
     labels = np.array(rows[label], dtype=np.int64)
     if len(labels) == 0 or labels.min() < 0:
         raise InputError(f"hf:{name} has rows without a label, which -1 stands for, or no rows at all.")
-    grey = all(picture.mode in ("1", "L") for picture in rows[image])
-    pictures = [np.asarray(_decoded(name, i, picture, grey)) for i, picture in enumerate(rows[image])]
-    shapes = {picture.shape for picture in pictures}
+    encoded = rows.cast_column(image, type(rows.features[image])(decode=False))
+    pictures = [_picture(name, entry, index) for index, entry in enumerate(encoded[image])]
+    grey = all(picture.mode in ("1", "L") for picture in pictures)
+    arrays = [np.asarray(picture.convert("L" if grey else "RGB")) for picture in pictures]
+    shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
-        raise InputError(f"hf:{name} has images of several sizes, such as {sorted(shapes)[:2]}: scale them to one first.")
-    pixels = np.stack(pictures)
+        raise InputError(
+            f"hf:{name} has images of several sizes, such as {shapes[0]} and {shapes[1]}: scale them to one first."
+        )
+    pixels = np.stack(arrays)
     return (pixels[:, None] if grey else pixels.transpose(0, 3, 1, 2)), labels
 
 
-def _decoded(name: str, index: int, picture: Any, grey: bool) -> Any:
+def _picture(name: str, entry: Mapping[str, Any], index: int) -> Any:
+    """An image of its bytes, which lie in the data set or in a file; the library would leave files of damaged ones open."""
+    from PIL import Image
+
     try:
-        return picture.convert("L" if grey else "RGB")
-    except OSError as error:  # Pillow's word for a damaged or truncated file
-        raise InputError(f"hf:{name} has a damaged image in row {index}: {error}") from None
+        content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+    except Exception as error:  # Pillow raises by format: OSError, SyntaxError and others
+        raise InputError(f"hf:{name} has a damaged image in row {index}: {str(error).splitlines()[0]}") from None
+    return picture

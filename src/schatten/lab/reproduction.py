@@ -93,10 +93,11 @@ def section(
 
 
 def size(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """Whether the rows have the quick, the full or another configuration."""
+    """Whether the rows have the quick, the full or another configuration, wherever their data lie."""
     config = rows[-1][STAMP]["config"]
     for word in ("quick", "full"):
-        if config == json.loads(json.dumps(encoded(dataclasses.asdict(getattr(experiment, word))))):
+        there = json.loads(json.dumps(encoded(dataclasses.asdict(getattr(experiment, word)))))
+        if there.keys() == config.keys() and all(config[k] == v or isinstance(v, str) for k, v in there.items()):
             return word
     return "own"
 

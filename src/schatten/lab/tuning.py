@@ -7,6 +7,10 @@ from typing import Any
 
 Params = dict[str, Any]
 
+# TPE learns from the trials before it, of which it wants as many. Its own are random, and few random numbers leave gaps: six
+# draws of a lone lr with seed 0 fall in a third of its range.
+START = 10
+
 
 @dataclass(frozen=True)
 class Span:
@@ -32,8 +36,9 @@ class Tuned:
 def tune(objective: Callable[[Params], float], space: Space, trials: int, *, seed: int = 0, sampler: str = "tpe") -> Tuned:
     """The params of `space` with the lowest `objective(params)` of `trials` tried.
 
-    `sampler` is `"grid"` (every entry of `space` a list, `trials` their product), `"tpe"` or `"random"`. A function of
-    `seed` and the objective's values: an interrupted run whose objective remembers its values repeats the same trials.
+    `sampler` is `"grid"` (every entry of `space` a list, `trials` their product), `"random"`, or `"tpe"`: the first ten
+    are a Latin hypercube, one value in each tenth of every range, the rest are TPE's. A function of `seed` and the
+    objective's values: an interrupted run whose objective remembers its values repeats the same trials.
 
     Raises ValueError for a grid with another number of points than `trials`.
 
@@ -56,6 +61,9 @@ def tune(objective: Callable[[Params], float], space: Space, trials: int, *, see
     else:
         samplers = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(sampler=samplers)
+    if sampler == "tpe":
+        for point in _hypercube(space, min(trials, START), seed):
+            study.enqueue_trial(point)
     done: list[tuple[Params, float]] = []
 
     def one(trial: "optuna.Trial") -> float:
@@ -73,3 +81,20 @@ def tune(objective: Callable[[Params], float], space: Space, trials: int, *, see
     study.optimize(one, n_trials=trials)
     params, loss = min(done, key=lambda pair: pair[1])
     return Tuned(params, loss, tuple(done))
+
+
+def _hypercube(space: Space, count: int, seed: int) -> list[Params]:
+    """`count` points of which each range, cut in `count` equal parts, has one in every part."""
+    from scipy.stats import qmc
+
+    rows = qmc.LatinHypercube(len(space), rng=seed).random(count) if space else []
+    return [{name: _at(entry, float(u)) for (name, entry), u in zip(space.items(), row, strict=True)} for row in rows]
+
+
+def _at(entry: Span | Sequence[Any], u: float) -> Any:
+    """The value at share `u` of a range."""
+    if not isinstance(entry, Span):
+        return list(entry)[int(u * len(entry))]
+    if entry.log:
+        return math.exp(math.log(entry.low) + u * (math.log(entry.high) - math.log(entry.low)))
+    return entry.low + u * (entry.high - entry.low)

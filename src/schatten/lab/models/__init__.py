@@ -1,6 +1,7 @@
 """Models of the laboratory, small enough for a laptop and of any size."""
 
 from schatten.lab.models.gpt import GPT, Attention, Block, GPTConfig
+from schatten.lab.models.hugging_face import classifier, decoder
 from schatten.lab.models.latent_attention import LatentAttention, LatentAttentionConfig
 from schatten.lab.models.latent_moe import LatentMoE, LatentMoEConfig
 from schatten.lab.models.mixture import Mixture, MixtureConfig
@@ -24,4 +25,6 @@ __all__ = [
     "ResNetConfig",
     "ViT",
     "ViTConfig",
+    "classifier",
+    "decoder",
 ]

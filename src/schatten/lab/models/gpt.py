@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# What attention keeps of the tokens that it has seen, written in place.
+Cache = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, is_causal=self.causal, dropout_p=dropout)
         return self.output(y.transpose(1, 2).flatten(-2))
 
+    def cache(self, batch: int, context: int) -> Cache:
+        """Room for the keys and values of `context` tokens, each (batch, heads, context, head width)."""
+        rows = self.key.weight
+        return tuple(rows.new_zeros(batch, self.heads, context, len(rows) // self.heads) for _ in range(2))
+
+    def next(self, x: Tensor, cache: Cache, position: int) -> Tensor:
+        """The output for the token at `position`, x (batch, 1, width), after those kept in `cache`, which then has it, too."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        for kept, new in zip(cache, (self.key_norm(k), v), strict=True):
+            kept[:, :, position] = new[:, :, 0]
+        keys, values = (kept[:, :, : position + 1] for kept in cache)
+        y = F.scaled_dot_product_attention(self.query_norm(q), keys, values)
+        return self.output(y.transpose(1, 2).flatten(-2))
+
 
 class Block(nn.Module):
     """Pre-norm attention and a GELU network of four times the width."""
@@ -53,7 +71,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return self.mix(x + self.dropout(self.attention(self.attention_norm(x))))
+
+    def next(self, x: Tensor, cache: Cache, position: int) -> Tensor:
+        """`forward` for one token, without dropout."""
+        return self.mix(x + self.attention.next(self.attention_norm(x), cache, position))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What follows attention, token by token."""
         return x + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
 
 
@@ -82,6 +107,21 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+    def _blocks(self) -> "list[Block]":
+        return cast("list[Block]", list(self.blocks))  # a ModuleList does not say what it holds
+
+    def caches(self, batch: int, context: int) -> list[Cache]:
+        """What `next` keeps of `context` tokens, for every block."""
+        return [block.attention.cache(batch, context) for block in self._blocks()]
+
+    @torch.no_grad()
+    def next(self, ids: Tensor, caches: list[Cache], position: int) -> Tensor:
+        """Scores (batch, vocabulary) after the token `ids` (batch) at `position`, the earlier ones being in `caches`."""
+        x = (self.tokens(ids) + self.positions.weight[position])[:, None]
+        for block, cache in zip(self._blocks(), caches, strict=True):
+            x = block.next(x, cache, position)
+        return self.head(self.norm(x))[:, 0]
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` given `ids`, both (batch, context)."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from schatten.lab.models.gpt import Cache
+
 # The slowest of the rotations turns once in about 2 pi times so many tokens (Su et al. 2021).
 BASE = 10_000.0
 
@@ -27,11 +29,6 @@ class LatentAttentionConfig:
     head: int
     latent: int
     rotary: int
-
-    @property
-    def kept(self) -> int:
-        """Numbers in the cache for a token and a layer."""
-        return self.latent + self.rotary
 
 
 class LatentAttention(nn.Module):
@@ -56,31 +53,37 @@ class LatentAttention(nn.Module):
         self.output = nn.Linear(heads, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        latent, rotated = self.kept(x)
+        latent, rotated = self._kept(x, 0)
         key = torch.cat([self._heads(self.key(latent)), rotated[:, None].expand(-1, self.config.heads, -1, -1)], -1)
         query = torch.cat([self._heads(self.query(x)), rotate(self._heads(self.query_rotary(x)))], -1)
         # Its default scale is 1 / sqrt(head + rotary), the length of a query.
         y = F.scaled_dot_product_attention(query, key, self._heads(self.value(latent)), is_causal=True)
         return self.output(y.transpose(1, 2).flatten(-2))
 
-    def kept(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """What a cache holds of tokens at positions `start` ...: (batch, context, latent) and (batch, context, rotary)."""
-        return self.latent_norm(self.latent(x)), rotate(self.key_rotary(x), start)
+    def cache(self, batch: int, context: int) -> Cache:
+        """Room for latents and rotated keys of `context` tokens: (batch, context, latent) and (batch, context, rotary)."""
+        return tuple(self.key.weight.new_zeros(batch, context, n) for n in (self.config.latent, self.config.rotary))
 
-    def next(self, x: Tensor, latent: Tensor, rotated: Tensor) -> Tensor:
-        """The output for a last token x (batch, 1, width), given what was kept of all tokens up to it, itself included.
+    def next(self, x: Tensor, cache: Cache, position: int) -> Tensor:
+        """The output for the token at `position`, x (batch, 1, width), after those kept in `cache`, which then has it, too.
 
         No key or value is ever formed: K_h moves to the query, V_h behind the average,
             q_h k_h^T = (K_h^T Q_h x) c^T + rotate(P_h x) r^T,   y_h = V_h (attention c).
         """
         config = self.config
+        for kept, new in zip(cache, self._kept(x, position), strict=True):
+            kept[:, position] = new[:, 0]
+        latent, rotated = (kept[:, : position + 1] for kept in cache)
         K, V = (p.weight.unflatten(0, (config.heads, config.head)) for p in (self.key, self.value))
-        query = torch.einsum("bhtd,hdl->bhtl", self._heads(self.query(x)), K)
-        position = rotate(self._heads(self.query_rotary(x)), latent.shape[1] - 1)
-        scores = torch.einsum("bhtl,bsl->bhts", query, latent) + torch.einsum("bhtr,bsr->bhts", position, rotated)
-        weights = (scores * (config.head + config.rotary) ** -0.5).softmax(-1)
-        mixed = torch.einsum("bhts,bsl->bhtl", weights, latent)
-        return self.output(torch.einsum("bhtl,hdl->bthd", mixed, V).flatten(-2))
+        query = torch.einsum("bhtd,hdl->bhtl", self._heads(self.query(x)), K)[:, :, 0]
+        turned = rotate(self._heads(self.query_rotary(x)), position)[:, :, 0]
+        scores = (query @ latent.mT + turned @ rotated.mT) * (config.head + config.rotary) ** -0.5
+        mixed = scores.softmax(-1) @ latent
+        return self.output(torch.einsum("bhl,hdl->bhd", mixed, V).flatten(-2))[:, None]
+
+    def _kept(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """What a cache holds of tokens at positions `start` and on."""
+        return self.latent_norm(self.latent(x)), rotate(self.key_rotary(x), start)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)

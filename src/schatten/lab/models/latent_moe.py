@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from schatten.lab.models.gpt import Cache
 from schatten.lab.models.latent_attention import LatentAttention, LatentAttentionConfig
 from schatten.lab.models.mixture import Mixture, MixtureConfig
 
@@ -49,7 +52,14 @@ class LatentBlock(nn.Module):
         self.mixture = Mixture(config.mixture)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+        return self.mix(x + self.attention(self.attention_norm(x)))
+
+    def next(self, x: Tensor, cache: Cache, position: int) -> Tensor:
+        """`forward` for one token."""
+        return self.mix(x + self.attention.next(self.attention_norm(x), cache, position))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What follows attention, token by token."""
         return x + self.mixture(self.mixture_norm(x))
 
 
@@ -79,6 +89,21 @@ class LatentMoE(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` given `ids`, both (batch, context)."""
         return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
+
+    def _blocks(self) -> "list[LatentBlock]":
+        return cast("list[LatentBlock]", list(self.blocks))  # a ModuleList does not say what it holds
+
+    def caches(self, batch: int, context: int) -> list[Cache]:
+        """What `next` keeps of `context` tokens, for every block."""
+        return [block.attention.cache(batch, context) for block in self._blocks()]
+
+    @torch.no_grad()
+    def next(self, ids: Tensor, caches: list[Cache], position: int) -> Tensor:
+        """Scores (batch, vocabulary) after the token `ids` (batch) at `position`, the earlier ones being in `caches`."""
+        x = self.tokens(ids)[:, None]
+        for block, cache in zip(self._blocks(), caches, strict=True):
+            x = block.next(x, cache, position)
+        return self.head(self.norm(x))[:, 0]
 
     def active_parameters(self) -> int:
         """Parameters that a token meets: all but those of the experts that do not see it."""
