@@ -1,4 +1,4 @@
-"""Beyond which batch size do more samples no longer save steps of Muon, and do decay and Nesterov move it? (2507.01598)
+"""Beyond which batch size do more samples no longer save steps of Muon, and do decay and Nesterov move it?
 
 Sato, Naganuma and Iiduka bound the gradient norm of Muon after T steps with batches of b, for four variants, Nesterov on
 and off, decay on and off. What can be measured of it (inferred from the bound) is

@@ -1,4 +1,4 @@
-"""How many bytes does error feedback save under Muon, and where must the compressor stand? EF21-Muon (2510.00643).
+"""How many bytes does error feedback save under Muon, and where must the compressor stand?
 
     worker j:  M_j <- beta M_j + (1 - beta) G_j,   sends R_j = C(M_j - E_j),   E_j <- E_j + R_j
     server:    S <- S + mean of R_j,   X <- X - t msign(S),   sends C_s(X - W),   W <- W + C_s(X - W)

@@ -1,4 +1,4 @@
-"""Does Muon halve AdamW's training of a decoder with latent attention and a mixture of experts? (2509.24406)
+"""Does Muon halve AdamW's training of a decoder with latent attention and a mixture of experts?
 
 The paper, of decoders of 30 to 200 million parameters: Muon reaches AdamW's loss with 48-52 % of its training; latent
 attention, a mixture of experts and Muon together have 68 % less memory, 3.2 times the inference speed and 8-12 % less
@@ -134,7 +134,6 @@ def run(config: Config, ledger: Ledger) -> None:
             trials=config.trials,
             seeds=config.seeds,
             label=label,
-            sampler="random",
             extra=lambda found: {"curve": found.curve},
         )
         if name == "latent-moe":

@@ -1,4 +1,4 @@
-"""Does one learning rate serve all widths if updates, or weights too, keep the spectral scale of muP? Muon++ (2601.01306)
+"""Does one learning rate serve all widths if updates, or weights too, keep the spectral scale of muP?
 
 Feature learning at every width asks of every matrix (m outputs, n inputs) ||W||_op ~ sqrt(m/n) and ||dW||_op ~ sqrt(m/n).
 Muon with scale `mup` keeps the second; Muon++ starts at the first as well and divides each direction by its spectral norm:

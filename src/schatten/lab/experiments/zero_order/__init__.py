@@ -1,4 +1,4 @@
-"""How many forward passes does fine-tuning without gradients take, with JAGUAR Muon and with others? (2506.04430)
+"""How many forward passes does fine-tuning without gradients take, with JAGUAR Muon and with others?
 
     f+- = loss at W +- eps on a random block of rows and columns,   rho = (f+ - f-) / (2 eps),   eps = 1e-3
     M <- beta M + (1 - beta) rho on the block,   W <- W - lr msign(M)        (blocks of 10 % of rows and of columns)
