@@ -101,7 +101,7 @@ def test_a_number_is_reproduced_if_every_seed_arrived_within_the_tolerance(taken
 
 def test_seeds_that_never_arrived_are_counted():
     (verdict,) = fanions.check(rows_of("F-Muon", 900, math.inf))
-    assert "1 diverged" in verdict.ours
+    assert "1 never arrived" in verdict.ours
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

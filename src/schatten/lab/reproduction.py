@@ -88,7 +88,7 @@ def section(
         word = v.verdict if v.verdict == REPRODUCED else f"**{v.verdict}**" if v.verdict == NOT_REPRODUCED else f"*{v.verdict}*"
         lines.append("| " + " | ".join(_cell(text) for text in (v.quantity, v.published, v.ours, word, v.why)) + " |")
     for file, caption in figures.items():
-        lines += ["", f"![{_cell(caption)}]({file})", "", caption]
+        lines += ["", f"![{Path(file).stem.removeprefix('lab-')}]({file})", "", caption]
     return "\n".join(lines) + "\n"
 
 

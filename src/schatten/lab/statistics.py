@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from scipy import stats
 
@@ -18,16 +19,19 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values)
 
 
-def summary(values: Sequence[float], digits: int = 4) -> str:
-    """`1.234 +- 0.056 (n = 3)`: `digits` significant digits of the mean, two of the spread; diverged runs are counted."""
+def summary(values: Sequence[float], digits: int = 4, lost: str = "diverged") -> str:
+    """`1.234 +- 0.056 (n = 3)`: `digits` significant digits of the mean of the finite ones, two of their spread.
+
+    Infinite values are counted, and called `lost`.
+    """
     finite = [v for v in values if math.isfinite(v)]
-    lost = len(values) - len(finite)
+    missing = len(values) - len(finite)
     if not finite:
-        return f"inf (n = {len(values)}, all diverged)"
+        return f"inf (n = {len(values)}, all {lost})"
     deviation = spread(finite)
     center = f"{mean(finite):.{digits}g}"
     text = center if math.isnan(deviation) else f"{center} +- {deviation:.2g}"
-    return f"{text} (n = {len(values)}{f', {lost} diverged' if lost else ''})"
+    return f"{text} (n = {len(values)}{f', {missing} {lost}' if missing else ''})"
 
 
 def p_value(ours: Sequence[float], others: Sequence[float], *, paired: bool = False) -> float:
@@ -49,6 +53,12 @@ def p_value(ours: Sequence[float], others: Sequence[float], *, paired: bool = Fa
     if error == 0:
         return 1.0 if gap == 0 else 0.0
     return float(2 * stats.t.sf(abs(gap) / error, freedom))
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Slope of the least-squares line through points and its standard error."""
+    found: Any = stats.linregress(x, y)
+    return float(found.slope), float(found.stderr)
 
 
 def compared(ours: Sequence[float], others: Sequence[float], *, paired: bool = True) -> str:

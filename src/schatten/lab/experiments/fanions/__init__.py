@@ -37,7 +37,7 @@ class Config:
     """The table at its published size, networks for a laptop."""
 
     seeds: int = 3
-    problems: int = option(2, "Problems of the table, drawn by seeds 0 .. N-1.")
+    problems: int = option(3, "Problems of the table, drawn by seeds 0 .. N-1.")
     size: int = option(SIZE, "Rows and columns of the table's X.")
     target: float = option(TARGET, "The value of F to reach.")
     trials: int = option(4, "Trials of the search for every optimizer of a network.")

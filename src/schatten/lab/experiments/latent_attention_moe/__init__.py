@@ -7,7 +7,7 @@ which context). Its rule is Muon's: msign of the momentum for hidden matrices an
 the rest, the router among it.
 
 The models are `lab.models.LatentMoE` and, as what is replaced, a `GPT` with as many parameters in all. Each is trained by
-both optimizers, each tuned by the same number of trials drawn at random: lr, decay, and for Muon the lr of the AdamW
+both optimizers, each tuned by the same number of trials: lr, decay, and for Muon the lr of the AdamW
 beside it. Since nothing was published, these are ours:
 
 - The target is the loss that AdamW ends with, seed by seed. Muon is trained anew on shorter schedules, each of which comes

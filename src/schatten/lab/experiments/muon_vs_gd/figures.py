@@ -23,7 +23,7 @@ def pictures(rows: Sequence[Row]) -> "dict[str, Figure]":
 def training_curves(rows: Sequence[Row]) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.4, 4.8), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), training.GRIDS, strict=True):
         for (name, of), colour in zip(training.finals(rows, kind).items(), COLOURS, strict=False):
             losses = np.array([row["losses"] for row in of])
@@ -40,6 +40,9 @@ def training_curves(rows: Sequence[Row]) -> "Figure":
         axes.set_ylim(0, 3.4)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         finish(axes)
+        if axes.get_legend() is not None:
+            # Below: the curves leave no corner free.
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, edgecolor="none", fontsize=8)
     return figure
 
 

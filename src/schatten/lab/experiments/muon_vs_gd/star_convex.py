@@ -10,17 +10,15 @@ step that balances the two terms; it makes the bound decay as log T / T.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 import schatten
 from schatten.lab.experiment import OUT_OF_REACH, Verdict, verdict
 from schatten.lab.ledger import Ledger, Row
-from schatten.lab.statistics import mean, spread
+from schatten.lab.statistics import line, mean, spread
 
 SHAPE = (15, 20)
 CONDITION = 1e3
@@ -93,12 +91,6 @@ def constant(seeds: Sequence[int], steps: int) -> Row:
     errors, farthest = descend(q, optimum, eta, False, steps)
     worst = against(errors, farthest, lambda t, delta, D: constant_bound(t, delta, D, L, eta)).tolist()
     return {"eta": eta, "errors": errors[-1].tolist(), "worst": worst}
-
-
-def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope of the least-squares line and its standard error."""
-    found: Any = stats.linregress(x, y)
-    return float(found.slope), float(found.stderr)
 
 
 def run(steps: int, seeds: Sequence[int], ledger: Ledger) -> None:

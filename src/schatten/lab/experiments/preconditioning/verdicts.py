@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from scipy import stats
 
@@ -11,7 +10,7 @@ from schatten.lab.experiments.preconditioning.descent import GRIDS
 from schatten.lab.experiments.preconditioning.problems import PROBLEMS
 from schatten.lab.experiments.preconditioning.published import BY_DECAY, PUBLISHED_CAP, STALLS, STEPS, Q
 from schatten.lab.ledger import Row
-from schatten.lab.statistics import compared, mean, p_value, spread, summary
+from schatten.lab.statistics import compared, line, mean, p_value, spread, summary
 
 # Steps ~ kappa^slope. Free of kappa: thousandfold kappa changes the count by less than 1000^0.05 = 1.41.
 FREE = 0.05
@@ -113,12 +112,6 @@ def growth(rows: Sequence[Row], name: str, method: str) -> list[Verdict]:
     if method == "Muon":
         return [verdict(quantity, "0: free of kappa (paper)", ours, abs(slope) + 2 * error < FREE, why)]
     return [verdict(quantity, "> 0: GD depends on kappa (paper)", ours, slope - 2 * error > FREE, why)]
-
-
-def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope of the least-squares line and its standard error."""
-    found: Any = stats.linregress(x, y)
-    return float(found.slope), float(found.stderr)
 
 
 def against_adam(rows: Sequence[Row], name: str) -> list[Verdict]:
