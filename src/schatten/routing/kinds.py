@@ -113,12 +113,15 @@ def _own_layout(place: Place) -> Layout | None:
 
 
 def _router(place: Place) -> Kind | None:
-    """The scores of a mixture's experts, by class or name, or a gate that has experts beside it and a row for each."""
+    """The scores of a mixture's experts, by class or name, or a gate beside experts or with a row for each."""
     owners = [name for m in (place.module, place.block) if m is not None for name in classes(m)]
     named = any(part in ("router", "routers", "gating") for part in place.path)
     routes = any(re.search(r"(Router|TopK_?Gat(e|ing)|MoE_?Gat(e|ing))(MLP)?$", name, re.IGNORECASE) for name in owners)
     if not named and not routes and place.child in ("gate", "wg", "switch") and place.block is not None:
-        beside = any("expert" in name for name in place.block._modules)
+        children = place.block._modules
+        # The gate of an expert that all tokens see may stand there too, with its own up and down beside it.
+        gated_unit = any(name.startswith(("up", "down")) for name in children)
+        beside = any("expert" in name for name in children) and not gated_unit
         routes = beside or number(place.block, *EXPERTS) == place.parameter.shape[0]
     if not named and not routes:
         return None
