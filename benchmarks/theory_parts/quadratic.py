@@ -146,7 +146,7 @@ def outcome(problem: theory_quadratic.Quadratic, f: Tensor, distance: Tensor, g:
         "arrival": arrival,
         "floor": float(f[3800:].mean()),
         "L": problem.L,
-        "nuc/op": problem.nuclear_ratio,
+        "nuc/op": problem.nuclear / problem.L,
     }
 
 

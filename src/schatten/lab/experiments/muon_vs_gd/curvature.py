@@ -54,9 +54,7 @@ PUBLISHED: dict[str, dict[str, list[float]]] = {
 COLUMNS = ("loss", "J", "L", "nuc^2", "fro^2")
 
 
-def trajectory(
-    images: Images, optimizer: str, seed: int, *, samples: int = SAMPLES, hidden: tuple[int, int] = (128, 64)
-) -> Row:
+def trajectory(images: Images, optimizer: str, seed: int) -> Row:
     """The columns of `PUBLISHED` before each of its steps, for images and weights drawn from `seed`; fp64."""
     torch.manual_seed(seed)
     chosen = torch.randperm(len(images.train_labels))[:SAMPLES]
