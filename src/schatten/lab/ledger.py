@@ -55,6 +55,7 @@ class Ledger:
         # Findings are JSON-safe; the order of rows is the order of cases of this run, whatever was on disk.
         self._known = {key(row["case"]): row for row in self._found()}
         self._asked: dict[str, Row] = {}
+        self._say_what_is_kept()
 
     @property
     def rows(self) -> list[Row]:
@@ -114,6 +115,12 @@ class Ledger:
             # Cut short by a kill: the next row must not be glued to it.
             write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
+
+    def _say_what_is_kept(self) -> None:
+        commits = {row[STAMP]["commit"] for row in self._known.values()}
+        if commits and self.state.is_main_process:
+            others = ", ".join(sorted(commits - {environment()["commit"]})) or "this one"
+            self.console.print(f"{len(self._known)} rows are there, of commit {others}; --again measures anew", highlight=False)
 
     def _append(self, row: Row) -> None:
         if self.root is not None and self.state.is_main_process:
