@@ -16,7 +16,7 @@ from rich.table import Table
 from schatten.lab import advise_inputs, data, zoo
 from schatten.lab.advice import Advised
 from schatten.lab.advise import advise
-from schatten.lab.errors import InputError
+from schatten.lab.errors import InputError, named
 from schatten.lab.jackknife import FEWEST, Interval
 
 # What the table needs in a file or a pipe.
@@ -71,10 +71,8 @@ def command(
     where = _device(device)
     torch.manual_seed(seed)
     own = advise_inputs.is_own_data(batches)
-    try:
+    with named("DATA"):
         corpus = None if own else data.load(batches, tokens, context)
-    except InputError as error:
-        raise InputError(str(error).replace("--data", "DATA")) from None
     if own and model == advise_inputs.DEMO:
         raise InputError(f"MODEL {model} reads text: give a text as DATA, or a model of your own.")
     if loss is not None and not own:

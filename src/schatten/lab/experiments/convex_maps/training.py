@@ -14,7 +14,7 @@ from schatten.diagnostics.fenchel_young import fenchel_young
 from schatten.diagnostics.singular_values import singular_values
 from schatten.lab import data, images
 from schatten.lab.contest import TUNING_SEED
-from schatten.lab.errors import InputError
+from schatten.lab.errors import InputError, named
 from schatten.lab.experiments.convex_maps.table import MUON, dual_ball, table
 from schatten.lab.fit import Fit, Loop, fit
 from schatten.lab.models import GPT, MLP, GPTConfig
@@ -55,7 +55,8 @@ def task(config: "Config") -> Task:
         widths = (math.prod(pictures.shape), *config.hidden, pictures.classes)
         return Classification(pictures, lambda: MLP(widths))
     if config.network == "gpt":
-        corpus = data.load(config.text, "byte", config.context)
+        with named("--text"):
+            corpus = data.load(config.text, "byte", config.context)
         shape = GPTConfig(corpus.vocabulary, config.context, config.layers, config.heads, config.width)
         return NextToken(corpus, config.context, lambda: GPT(shape))
     raise InputError(f"--network has no {config.network!r}: known are mlp and gpt.")

@@ -29,6 +29,7 @@ from schatten.lab.experiments.error_feedback import polars, problems, training
 from schatten.lab.experiments.error_feedback.pictures import pictures
 from schatten.lab.experiments.error_feedback.verdicts import check
 from schatten.lab.ledger import Ledger, Row
+from schatten.lab.tasks import Task
 from schatten.lab.tuning import Params, tune
 
 # The distance that K steps of the rate can go is radius * sqrt(K); the minimiser is 5 to 10 away in the operator norm.
@@ -67,6 +68,9 @@ def run(config: Config, ledger: Ledger) -> None:
         raise InputError(f"--gpt needs context, layers, heads and width, four numbers >= 1, got {config.gpt}.")
     if config.workers < 1:
         raise InputError(f"--workers must be at least 1, got {config.workers}.")
+    context, layers, heads, width = config.gpt
+    # First, as data that are missing are named before anything is measured.
+    task = training.task(config.data, config.hidden, (context, layers, heads, width), config.tokens)
     for seed in range(config.seeds):
         for unit in polars.UNITS:
             for name in polars.SIGNALS:
@@ -85,7 +89,7 @@ def run(config: Config, ledger: Ledger) -> None:
     for way in problems.WAYS:
         for steps in (config.place_steps, 2 * config.place_steps):
             _place(ledger, "slope", way, TopK(1 / 9), steps, 0)
-    _bytes(config, ledger)
+    _bytes(config, ledger, task)
 
 
 def _polars(config: Config, ledger: Ledger, name: str, unit: str, seed: int) -> None:
@@ -104,9 +108,7 @@ def _place(ledger: Ledger, problem: str, way: str, C: Compressor, steps: int, se
     ledger.measure(case, lambda: problems.gap(drawn, way, C, steps, PLACE_LR))
 
 
-def _bytes(config: Config, ledger: Ledger) -> None:
-    context, layers, heads, width = config.gpt
-    task = training.task(config.data, config.hidden, (context, layers, heads, width), config.tokens)
+def _bytes(config: Config, ledger: Ledger, task: Task) -> None:
     setting = training.Setting(config.workers, config.batch, config.steps, config.every, config.target)
     model = task.model()
     space, size = training.space(model), sum(p.numel() for p in model.parameters())

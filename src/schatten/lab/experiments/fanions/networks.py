@@ -9,6 +9,7 @@ from torch import nn
 import schatten
 from schatten.lab import data, images
 from schatten.lab.contest import Contender
+from schatten.lab.errors import named
 from schatten.lab.experiment import OUT_OF_REACH, Verdict, verdict
 from schatten.lab.ledger import Row
 from schatten.lab.models import GPT, MLP, GPTConfig, ResNet, ResNetConfig
@@ -63,7 +64,8 @@ CONTENDERS = (
 
 def image_task(source: str, model: str, width: int) -> Classification:
     """`model` is `"mlp"` of two hidden layers of `width`, or `"resnet"`, of which `width` is the first stage's."""
-    found = images.load(source)
+    with named("--images"):
+        found = images.load(source)
     channels, height, across = found.shape
     if model == "mlp":
         return Classification(found, lambda: MLP((channels * height * across, width, width, found.classes)))
@@ -73,7 +75,8 @@ def image_task(source: str, model: str, width: int) -> Classification:
 
 def text_task(source: str, tokens: str, width: int, layers: int, context: int) -> NextToken:
     """A GPT with heads of width 16, of 64 from width 512 on."""
-    corpus = data.load(source, tokens, context)
+    with named("--text"):
+        corpus = data.load(source, tokens, context)
     heads = max(1, width // (64 if width >= 512 else 16))
     config = GPTConfig(vocabulary=corpus.vocabulary, context=context, layers=layers, heads=heads, width=width)
     return NextToken(corpus, context, lambda: GPT(config), eval_windows=64)

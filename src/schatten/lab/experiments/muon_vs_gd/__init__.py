@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from schatten.lab import images
+from schatten.lab.errors import named
 from schatten.lab.experiment import Experiment, Verdict, option
 from schatten.lab.experiments.muon_vs_gd import curvature, quadratic, star_convex, training
 from schatten.lab.experiments.muon_vs_gd.figures import pictures
@@ -38,12 +39,16 @@ class Config:
 
 
 def run(config: Config, ledger: Ledger) -> None:
+    # First, as data that are missing are named before anything is measured.
+    trained_on = images.load(config.data)
+    with named("--mnist"):
+        measured_on = images.load(config.mnist)
     seeds = range(config.seeds)
     quadratic.run(config.samples, config.steps, seeds, ledger)
     star_convex.run(config.star_steps, seeds, ledger)
-    curvature.run(images.load(config.mnist), seeds, ledger)
+    curvature.run(measured_on, seeds, ledger)
     counts = {"deterministic": config.seeds, "stochastic": config.stochastic_seeds}
-    training.run(images.load(config.data), config.momentum, config.hidden, counts, ledger)
+    training.run(trained_on, config.momentum, config.hidden, counts, ledger)
 
 
 def check(rows: Sequence[Row]) -> list[Verdict]:

@@ -76,14 +76,14 @@ FULL = Config(
 
 
 def run(config: Config, ledger: Ledger) -> None:
-    """The toy, every network under Muon, and the GPT under AdamW."""
+    """The toy, every network under Muon, and the GPT under AdamW; data that are missing are named first."""
+    tasks = networks.tasks(config)
     for case in toy.CASES:
         for seed in range(config.seeds):
             ledger.measure(
                 {"part": "toy", "case": case.name, "steps": config.toy_steps, "seed": seed},
                 lambda case=case, seed=seed: toy.measured(case, seed, config.toy_steps),
             )
-    tasks = networks.tasks(config)
     for name, solver, decay in networks.trainings(config):
         for seed in range(config.seeds):
             ledger.measure(

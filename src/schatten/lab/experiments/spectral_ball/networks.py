@@ -13,7 +13,7 @@ import schatten
 from schatten.diagnostics.constraint import steps_to_enter
 from schatten.diagnostics.singular_values import singular_values
 from schatten.lab import data, images
-from schatten.lab.errors import InputError
+from schatten.lab.errors import InputError, named
 from schatten.lab.fit import Loop, fit
 from schatten.lab.models import GPT, MLP, GPTConfig, ResNet, ResNetConfig
 from schatten.lab.schedule import lr_factor
@@ -56,7 +56,8 @@ def tasks(config: "Config") -> dict[str, Task]:
     found: dict[str, Task] = {}
     for name in config.networks:
         if name == "gpt":
-            corpus = data.load(config.text, "byte", config.context)
+            with named("--text"):
+                corpus = data.load(config.text, "byte", config.context)
             shape = GPTConfig(corpus.vocabulary, config.context, config.layers, config.heads, config.width)
             found[name] = NextToken(corpus, config.context, lambda shape=shape: GPT(shape))
             continue

@@ -9,6 +9,7 @@ from torch import nn
 import schatten
 from schatten.lab import data, images
 from schatten.lab.contest import Contender
+from schatten.lab.errors import named
 from schatten.lab.models import GPT, MLP, GPTConfig
 from schatten.lab.tasks import Classification, NextToken
 from schatten.lab.tuning import Params, Span
@@ -47,14 +48,16 @@ def contender(name: str, space: Mapping[str, Any] | None = None) -> Contender:
 
 def image_task(source: str, width: int) -> Classification:
     """A perceptron of one hidden layer more than none: inputs, two hidden layers of `width`, classes."""
-    found = images.load(source)
+    with named("--images"):
+        found = images.load(source)
     channels, height, across = found.shape
     return Classification(found, lambda: MLP((channels * height * across, width, width, found.classes)))
 
 
 def text_task(source: str, tokens: str, width: int, layers: int, context: int) -> NextToken:
     """A GPT of `width` and heads of width 16 or 64."""
-    corpus = data.load(source, tokens, context)
+    with named("--text"):
+        corpus = data.load(source, tokens, context)
     heads = max(1, width // (64 if width >= 512 else 16))
     config = GPTConfig(vocabulary=corpus.vocabulary, context=context, layers=layers, heads=heads, width=width)
     return NextToken(corpus, context, lambda: GPT(config), eval_windows=64)
