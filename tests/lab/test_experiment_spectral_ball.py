@@ -244,7 +244,7 @@ def test_a_run_too_short_for_the_theory_to_promise_the_ball_is_out_of_reach():
         ({"networks": ("vit",)}, "--networks has no 'vit'"),
         ({"solvers": ("magic",)}, "--solvers has no 'magic'"),
         ({"data": "/not/there"}, "--data /not/there"),
-        ({"text": "/not/there"}, "--data /not/there"),
+        ({"text": "/not/there"}, "--text /not/there"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(given, message):
