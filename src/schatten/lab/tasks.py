@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schatten.lab.data import Corpus, batch, validation_windows
+from schatten.lab.data import Corpus, batch, load, validation_windows
+from schatten.lab.errors import named
 from schatten.lab.images import Images
+from schatten.lab.models import GPT, GPTConfig
 
 # Examples or windows evaluated at once.
 EVAL_BATCH = 256
@@ -88,3 +90,12 @@ class NextToken:
         for x, y in zip(ids.split(EVAL_BATCH), targets.split(EVAL_BATCH), strict=True):
             total += model(x.to(device), y.to(device)) * len(x)
         return {"loss": float(total) / len(ids)}
+
+
+def text_task(source: str, tokens: str, width: int, layers: int, context: int) -> NextToken:
+    """A GPT with heads of width 16, of 64 from width 512 on, on the text of --text."""
+    with named("--text"):
+        corpus = load(source, tokens, context)
+    heads = max(1, width // (64 if width >= 512 else 16))
+    config = GPTConfig(vocabulary=corpus.vocabulary, context=context, layers=layers, heads=heads, width=width)
+    return NextToken(corpus, context, lambda: GPT(config), eval_windows=64)

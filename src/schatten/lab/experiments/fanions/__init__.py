@@ -27,6 +27,7 @@ from schatten.lab.experiments.fanions.least_squares import SIZE, TARGET, Problem
 from schatten.lab.fit import Fit, Loop
 from schatten.lab.ledger import Ledger, Row
 from schatten.lab.plots import COLOURS
+from schatten.lab.tasks import text_task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +87,7 @@ FULL = Config(
 def run(config: Config, ledger: Ledger) -> None:
     """The table, images, text; data that are missing are named before anything is measured."""
     images = networks.image_task(config.images, config.model, config.image_width) if config.image_steps else None
-    text = networks.text_task(config.text, config.tokens, config.width, config.layers, config.context) if config.steps else None
+    text = text_task(config.text, config.tokens, config.width, config.layers, config.context) if config.steps else None
     for method in methods():
         for seed in range(config.problems):
             case = {"method": method.name, "lr": method.lr, "momentum": method.momentum, "seed": seed}

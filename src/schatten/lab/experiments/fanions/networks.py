@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import schatten
-from schatten.lab import data, images
+from schatten.lab import images
 from schatten.lab.contest import Contender
 from schatten.lab.errors import named
 from schatten.lab.experiment import OUT_OF_REACH, Verdict, verdict
 from schatten.lab.ledger import Row
-from schatten.lab.models import GPT, MLP, GPTConfig, ResNet, ResNetConfig
+from schatten.lab.models import MLP, ResNet, ResNetConfig
 from schatten.lab.statistics import compared, mean, p_value, spread, summary
-from schatten.lab.tasks import Classification, NextToken
+from schatten.lab.tasks import Classification
 from schatten.lab.tuning import Params, Span
 from schatten.maps import L1, Frobenius, Map
 from schatten.rule import Rule
@@ -71,15 +71,6 @@ def image_task(source: str, model: str, width: int) -> Classification:
         return Classification(found, lambda: MLP((channels * height * across, width, width, found.classes)))
     config = ResNetConfig(channels, found.classes, widths=(width, 2 * width, 4 * width), blocks=(2, 2, 2))
     return Classification(found, lambda: ResNet(config))
-
-
-def text_task(source: str, tokens: str, width: int, layers: int, context: int) -> NextToken:
-    """A GPT with heads of width 16, of 64 from width 512 on."""
-    with named("--text"):
-        corpus = data.load(source, tokens, context)
-    heads = max(1, width // (64 if width >= 512 else 16))
-    config = GPTConfig(vocabulary=corpus.vocabulary, context=context, layers=layers, heads=heads, width=width)
-    return NextToken(corpus, context, lambda: GPT(config), eval_windows=64)
 
 
 def finals(rows: Sequence[Row], part: str, name: str) -> list[Row]:

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from schatten.lab.contest import TUNING_SEED, contest
 from schatten.lab.errors import InputError
 from schatten.lab.experiment import Experiment, option
-from schatten.lab.experiments.variance_reduction.networks import RULES, contender, image_task, text_task
+from schatten.lab.experiments.variance_reduction.networks import RULES, contender, image_task
 from schatten.lab.experiments.variance_reduction.pictures import pictures
 from schatten.lab.experiments.variance_reduction.rates import ESTIMATORS, descend
 from schatten.lab.experiments.variance_reduction.verdicts import check
 from schatten.lab.fit import Loop
 from schatten.lab.ledger import Ledger, Row
-from schatten.lab.tasks import Task
+from schatten.lab.tasks import Task, text_task
 
 
 @dataclass(frozen=True)

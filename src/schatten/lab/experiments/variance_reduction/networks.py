@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import schatten
-from schatten.lab import data, images
+from schatten.lab import images
 from schatten.lab.contest import Contender
 from schatten.lab.errors import named
-from schatten.lab.models import GPT, MLP, GPTConfig
-from schatten.lab.tasks import Classification, NextToken
+from schatten.lab.models import MLP
+from schatten.lab.tasks import Classification
 from schatten.lab.tuning import Params, Span
 
 BETAS = (0.9, 0.95)
@@ -52,12 +52,3 @@ def image_task(source: str, width: int) -> Classification:
         found = images.load(source)
     channels, height, across = found.shape
     return Classification(found, lambda: MLP((channels * height * across, width, width, found.classes)))
-
-
-def text_task(source: str, tokens: str, width: int, layers: int, context: int) -> NextToken:
-    """A GPT of `width` and heads of width 16 or 64."""
-    with named("--text"):
-        corpus = data.load(source, tokens, context)
-    heads = max(1, width // (64 if width >= 512 else 16))
-    config = GPTConfig(vocabulary=corpus.vocabulary, context=context, layers=layers, heads=heads, width=width)
-    return NextToken(corpus, context, lambda: GPT(config), eval_windows=64)
