@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from schatten import kernels
+from schatten.kernels.choice import lacking, on_triton
 from tests.contracts.matrices import gaussian
 
 # fp64 rounding of sums of at most 30 products of entries near 1.
@@ -26,8 +27,34 @@ def operands(shape):
     return A, B, C, X
 
 
-def test_the_seam_is_three_products():
-    assert sorted(kernels.__all__) == ["affine", "gram", "sym"]
+def test_a_total_grows_by_a_weight_times_the_product():
+    A, B, C, X = operands((3, 4, 9))
+    for weight in (0.5, torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64).reshape(3, 1, 1)):
+        for product, shape in (
+            (lambda **k: kernels.sym(A, B, C, 0.7, -1.3, **k), (3, 4, 4)),
+            (lambda **k: kernels.affine(B, X, 0.5, **k), (3, 4, 9)),
+        ):
+            start = gaussian(*shape)
+            total = start.clone()
+            result = product(total=total, weight=weight)
+            assert torch.equal(result, product())
+            assert (total - (start + weight * result)).abs().max() < 1e3 * FP64
+
+
+@pytest.mark.parametrize("n", [30, 300])  # together, and one by one
+def test_a_quotient_is_rounded_once(n):
+    X, divisor = gaussian(3, n, n).float(), torch.tensor([0.3, 7.0, 1e-20]).reshape(3, 1, 1)
+    assert torch.equal(kernels.quotient(X, divisor, torch.bfloat16), (X / divisor).bfloat16())
+
+
+def test_a_back_end_is_in_use_inside_its_block_alone():
+    X = gaussian(1, 2, 2)
+    assert not on_triton(X)
+    with pytest.raises(ValueError, match="kernels must be one of 'auto', 'eager', 'triton', got 'cuda'"), kernels.use("cuda"):
+        pass
+    with kernels.use("eager"):
+        assert lacking(X.device) == "asked for"
+    assert lacking(X.device) == "on cpu"
 
 
 @pytest.mark.parametrize("shape", BATCHES, ids=str)

@@ -1,4 +1,4 @@
-"""The three products in plain torch: the reference for every other back-end.
+"""The products and the division in plain torch: the reference for every other back-end.
 
 All take batches `(b, m, n)` of one dtype, never write to an input, and run one GEMM each with the sum in its epilogue.
 `out` is a tensor of the result's shape and layout to write to: an iteration that passes the same few saves the page
@@ -18,6 +18,11 @@ from torch import Tensor
 STRIPS = 4
 LARGE = 512
 
+# Larger matrices are divided one by one on a CPU, where a whole batch's temporaries would leave the cache.
+CPU_PIECE = 1 << 16
+
+Weight = float | Tensor
+
 
 def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
     """`X X^T`, shape (b, m, n) -> (b, m, m)."""
@@ -26,14 +31,25 @@ def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(X, X.mT, out=out)
 
 
-def sym(A: Tensor, B: Tensor, C: Tensor, a: float, b: float, out: Tensor | None = None) -> Tensor:
+def sym(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    a: float,
+    b: float,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
+    weight: Weight = 1.0,
+) -> Tensor:
     """`a C + b A B` for symmetric A, B, C that commute, so that the result is symmetric too; all (b, m, m)."""
-    if _in_strips(A):
-        return _mirrored(A, B, C, a, b, out)
-    return torch.baddbmm(C, A, B, beta=a, alpha=b, out=out)
+    result = _mirrored(A, B, C, a, b, out) if _in_strips(A) else torch.baddbmm(C, A, B, beta=a, alpha=b, out=out)
+    _grow(total, result, weight)
+    return result
 
 
-def affine(B: Tensor, X: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+def affine(
+    B: Tensor, X: Tensor, a: float, out: Tensor | None = None, total: Tensor | None = None, weight: Weight = 1.0
+) -> Tensor:
     """`a X + B X` for symmetric B, shapes (b, m, m) and (b, m, n) -> (b, m, n), in X's memory layout.
 
     A tall matrix seen as wide is a transposed view: it is multiplied from the right, as later element-wise work on
@@ -41,8 +57,31 @@ def affine(B: Tensor, X: Tensor, a: float, out: Tensor | None = None) -> Tensor:
     """
     if X.stride(-1) != 1 and X.stride(-2) == 1:
         T, into = X.mT, None if out is None else out.mT
-        return (torch.bmm(T, B, out=into) if a == 0 else torch.baddbmm(T, T, B, beta=a, out=into)).mT
-    return torch.bmm(B, X, out=out) if a == 0 else torch.baddbmm(X, B, X, beta=a, out=out)
+        result = (torch.bmm(T, B, out=into) if a == 0 else torch.baddbmm(T, T, B, beta=a, out=into)).mT
+    else:
+        result = torch.bmm(B, X, out=out) if a == 0 else torch.baddbmm(X, B, X, beta=a, out=out)
+    _grow(total, result, weight)
+    return result
+
+
+def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`X / divisor` per matrix, divided in fp32 (fp64 for fp64 input) and rounded once, in X's memory layout."""
+    if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:
+        Y = torch.empty_like(X, dtype=dtype)
+        for x, d, y in zip(X, divisor, Y, strict=True):
+            y.copy_(x.to(d.dtype) / d)
+        return Y
+    return (X.to(divisor.dtype) / divisor).to(dtype)
+
+
+def _grow(total: Tensor | None, X: Tensor, weight: Weight) -> None:
+    """total += weight X."""
+    if total is None:
+        return
+    if isinstance(weight, Tensor):
+        total.addcmul_(X, weight)
+    else:
+        total.add_(X, alpha=weight)
 
 
 def _in_strips(X: Tensor) -> bool:

@@ -27,7 +27,7 @@ from schatten.maps.potential import Potential
 from schatten.placements.cost import seen
 from schatten.placements.machine import Machine, Operation
 from schatten.rule import Rule
-from schatten.solvers.core import ColumnFunctionSolver, Columns, ColumnSolver, frobenius, quotient
+from schatten.solvers.core import ColumnFunctionSolver, Columns, ColumnSolver, frobenius
 
 # Strips of rows, each up to the diagonal: of so many, (1 + 1 / STRIPS) / 2 of a symmetric matrix travels. Narrower ones than
 # LEAST rows are not worth a copy each.
@@ -123,7 +123,7 @@ def _by_columns(map: Any, turned: bool = False) -> Callable[[Tensor, Columns], T
         case Nuclear(solver=solver) if isinstance(solver, ColumnSolver):
             return lambda X, columns: solver.of_columns(X, columns).to(X.dtype)
         case Frobenius():
-            return lambda X, columns: quotient(X, columns.frobenius(X), X.dtype)
+            return lambda X, columns: kernels.quotient(X, columns.frobenius(X), X.dtype)
         case Potential(over="spectrum", solver=solver) if isinstance(solver, ColumnFunctionSolver) and not turned:
             return lambda X, columns: solver.apply_to_columns(X, map, columns).to(X.dtype)
         case Potential(over="entries", relative=None):

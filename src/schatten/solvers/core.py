@@ -22,9 +22,6 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# Larger matrices are normalised one by one on a CPU, where a whole batch's temporaries would leave the cache.
-CPU_PIECE = 1 << 16
-
 
 @runtime_checkable
 class Solver(Protocol):
@@ -114,6 +111,18 @@ class ColumnSolver(Protocol):
 
 
 @runtime_checkable
+class NormalisedSolver(ColumnSolver, Protocol):
+    """One that begins with X / ||X||_F in `dtype` ("auto" or a name), and may leave its last product a X + B X to `last`."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def of_normalised(
+        self, X: Tensor, columns: Columns = ALL, last: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    ) -> Tensor: ...
+
+
+@runtime_checkable
 class ColumnFunctionSolver(Protocol):
     """The same for spectral functions."""
 
@@ -198,19 +207,9 @@ def frobenius(X: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Ten
     return torch.where(norm == 0, 1, norm.clamp(min=torch.finfo(norm.dtype).tiny))
 
 
-def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / divisor per matrix, divided in fp32 (fp64 for fp64 input) and rounded once, in X's memory layout."""
-    if X.device.type == "cpu" and len(X) > 1 and X[0].numel() > CPU_PIECE:
-        Y = torch.empty_like(X, dtype=dtype)
-        for x, d, y in zip(X, divisor, Y, strict=True):
-            y.copy_(x.to(d.dtype) / d)
-        return Y
-    return (X.to(divisor.dtype) / divisor).to(dtype)
-
-
 def normalised(X: Tensor, dtype: torch.dtype, columns: Columns = ALL) -> Tensor:
     """`X / ||X||_F` per matrix (b, m, n) in `dtype`; zero stays zero."""
-    return quotient(X, columns.frobenius(X), dtype)
+    return kernels.quotient(X, columns.frobenius(X), dtype)
 
 
 def on_wide_batch(X: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from schatten import kernels
 from schatten.solvers import minimax
-from schatten.solvers.core import SpectralFunction, check_matrices, frobenius, on_wide_batch, quotient
+from schatten.solvers.core import SpectralFunction, check_matrices, frobenius, on_wide_batch
 from schatten.solvers.iteration import product_form
 from schatten.solvers.spectral_norm import SAFETY, spectral_norm_from_gram
 
@@ -40,7 +40,7 @@ class _CoupledMinimax:
 
 def _power(X: Tensor, p: float, lower: float) -> Tensor:
     norm = frobenius(X)
-    Y = quotient(X, norm, X.dtype)
+    Y = kernels.quotient(X, norm, X.dtype)
     top = spectral_norm_from_gram(kernels.gram(Y))
     scale = SAFETY * torch.where(top == 0, 1, top)
     Y = Y / scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from schatten.solvers.composed import LOWER, Composition, checked
 from schatten.solvers.core import ALL, Columns, check_matrices, normalised, on_wide_batch, working_dtype
-from schatten.solvers.iteration import gram_form, product_form, restarts_for
+from schatten.solvers.iteration import Last, gram_form, product_form, restarts_for
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,13 +17,13 @@ class _Gram(Composition):
         return on_wide_batch(X, self.of_columns)
 
     def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
-        return self._iterated(normalised(X, working_dtype(X, self.dtype), columns), columns)
+        return self.of_normalised(normalised(X, working_dtype(X, self.dtype), columns), columns)
 
-    def _iterated(self, X: Tensor, columns: Columns = ALL) -> Tensor:
+    def of_normalised(self, X: Tensor, columns: Columns = ALL, last: Last | None = None) -> Tensor:
         if X.shape[-2] == columns.count(X):
-            return product_form(X, self.quintics, columns=columns)
+            return product_form(X, self.quintics, columns=columns, last=last)
         restarts = restarts_for(self.quintics, X.dtype, False)
-        return gram_form(X, self.quintics, columns=columns, restarts=restarts)
+        return gram_form(X, self.quintics, columns=columns, last=last, restarts=restarts)
 
 
 def gram(

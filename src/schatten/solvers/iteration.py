@@ -20,6 +20,9 @@ from schatten.solvers.remembered import remembered
 Quintic = tuple[float, float, float]
 Weight = float | Tensor
 
+# How a X + B X is made of (B, X, a) at the end.
+Last = Callable[[Tensor, Tensor, float], Tensor]
+
 # How much larger than the product form's the Gram form's rounding error may be, on each trial matrix.
 TOLERATED = 3.0
 MAX_RESTARTS = 3
@@ -36,29 +39,33 @@ TRIAL = (24, 96)
 
 
 def cheaper_form(
-    m: int, n: int, quintics: Sequence[Quintic], dtype: torch.dtype, summed: bool = False
+    m: int, n: int, quintics: Sequence[Quintic], dtype: torch.dtype, summed: bool = False, half: bool = False
 ) -> Callable[..., Tensor]:
-    """The form that multiplies less for (b, m, n) with m <= n: `(X, quintics, weights=None, A=None, columns=ALL) -> Tensor`.
+    """The form that multiplies less for (b, m, n), m <= n: `(X, quintics, weights, A, columns, last) -> Tensor`.
 
     It gives the last iterate, or with weights w_0..w_n the sum of w_k X_k. X has singular values up to 1; `A` is X X^T where
     the caller has it; n counts all of `columns`. A sum comes in fp32, or fp64 for fp64 X; a weight is a number or a (b, 1, 1)
-    tensor. Pass X without keeping a name for it, and its memory is free after the first step.
+    tensor. Pass X without keeping a name for it, and its memory is free after the first step. Of the last iterate, not of a
+    sum, the last product may be left to `last`, so that it goes where it is needed at once. `half` says that symmetric
+    products cost half.
     """
     restarts = restarts_for(tuple(quintics), dtype, summed)
-    if gram_cost(m, n, len(quintics), len(restarts), summed) < product_cost(m, n, len(quintics)):
+    if gram_cost(m, n, len(quintics), len(restarts), summed, half) < product_cost(m, n, len(quintics), half):
         return partial(gram_form, restarts=restarts)
     return product_form
 
 
-def product_cost(m: int, n: int, steps: int) -> int:
-    """Multiplications of `product_form`."""
-    return steps * (2 * m * m * n + m**3)
+def product_cost(m: int, n: int, steps: int, half: bool = False) -> float:
+    """Multiplications of `product_form`; `half` of each symmetric product where kernels compute no more."""
+    share = 0.5 if half else 1.0
+    return steps * ((1 + share) * m * m * n + share * m**3)
 
 
-def gram_cost(m: int, n: int, steps: int, restarts: int, summed: bool) -> int:
+def gram_cost(m: int, n: int, steps: int, restarts: int, summed: bool, half: bool = False) -> float:
     """Multiplications of `gram_form`: four m x m products a step, of which the segments' ends save some."""
-    large = 2 * (restarts + 1) + (restarts if summed else 0)
-    return large * m * m * n + (4 * steps - 3 * (restarts + 1)) * m**3
+    share = 0.5 if half else 1.0
+    large = (1 + share) * (restarts + 1) + (restarts if summed else 0)
+    return large * m * m * n + share * (4 * steps - 3 * (restarts + 1)) * m**3
 
 
 def product_form(
@@ -67,6 +74,7 @@ def product_form(
     weights: Sequence[Weight] | None = None,
     A: Tensor | None = None,
     columns: Columns = ALL,
+    last: Last | None = None,
 ) -> Tensor:
     """`cheaper_form` by products with X in every step."""
     total = None if weights is None else scaled(X, weights[0])
@@ -79,12 +87,13 @@ def product_form(
         if k > 0 or A is None:
             A = columns.gram(X, out=A if reused and not (given and k == 1) else None)
         B = kernels.sym(A, A, A, b, c, out=B if reused else None)
-        new = kernels.affine(B, X, a, out=spare.pop() if spare else None)
+        if last is not None and total is None and k + 1 == len(quintics):
+            return last(B, X, a)
+        weight = 1.0 if weights is None else weights[k + 1]
+        new = kernels.affine(B, X, a, out=spare.pop() if spare else None, total=total, weight=weight)
         if reused and k > 0:  # the first X is the caller's
             spare.append(X)
         X = new
-        if total is not None and weights is not None:
-            add_(total, X, weights[k + 1])
     return X if total is None else total
 
 
@@ -94,6 +103,7 @@ def gram_form(
     weights: Sequence[Weight] | None = None,
     A: Tensor | None = None,
     columns: Columns = ALL,
+    last: Last | None = None,
     *,
     restarts: Sequence[int],
 ) -> Tensor:
@@ -111,15 +121,19 @@ def gram_form(
             X = kernels.affine(Q, X, 0.0)
             R, Q = columns.gram(X), None
         Z = kernels.sym(R, R, R, b, c)
-        Q = plus_identity(Z, a) if Q is None else kernels.sym(Q, Z, Q, a, 1.0)
-        if sums is not None and weights is not None:
-            sums.add(Q, weights[k + 1])
+        weight = 1.0 if weights is None else weights[k + 1]
+        if Q is None:
+            Q = plus_identity(Z, a)
+            if sums is not None:
+                sums.open(Q, weight)
+        else:
+            Q = kernels.sym(Q, Z, Q, a, 1.0, total=sums.matrix if sums is not None else None, weight=weight)
         if k + 1 < len(quintics) and k + 1 not in restarts:
             P = kernels.sym(R, Z, R, a, 1.0)
             R = kernels.sym(Z, P, P, a, 1.0)
     assert Q is not None
     if sums is None:
-        return kernels.affine(Q, X, 0.0)
+        return kernels.affine(Q, X, 0.0) if last is None else last(Q, X, 0.0)
     sums.close(X)
     return sums.total
 
@@ -131,15 +145,12 @@ class _Sums:
         self.total = scaled(X, weight)
         self.matrix: Tensor | None = None
 
-    def add(self, Q: Tensor, weight: Weight) -> None:
-        if self.matrix is None:
-            self.matrix = scaled(Q, weight)
-        else:
-            add_(self.matrix, Q, weight)
+    def open(self, Q: Tensor, weight: Weight) -> None:
+        self.matrix = scaled(Q, weight)
 
     def close(self, X: Tensor) -> None:
         assert self.matrix is not None
-        self.total += kernels.affine(self.matrix.to(X.dtype), X, 0.0)
+        kernels.affine(self.matrix.to(X.dtype), X, 0.0, total=self.total)
         self.matrix = None
 
 
@@ -158,14 +169,6 @@ def wide(X: Tensor) -> Tensor:
 def scaled(X: Tensor, weight: Weight) -> Tensor:
     """weight X, in fp32 or fp64."""
     return torch.mul(X, weight) if X.dtype in (torch.float32, torch.float64) else wide(X).mul_(weight)
-
-
-def add_(total: Tensor, X: Tensor, weight: Weight) -> None:
-    """total += weight X."""
-    if isinstance(weight, Tensor):
-        total.addcmul_(X, weight)
-    else:
-        total.add_(X, alpha=weight)
 
 
 @remembered

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schatten.solvers.core import SpectralFunction, check_matrices, check_steps, frobenius, on_wide_batch, quotient
+from schatten import kernels
+from schatten.solvers.core import SpectralFunction, check_matrices, check_steps, frobenius, on_wide_batch
 
 # Vectors beyond those asked for; they speed up convergence where singular values are close.
 OVERSAMPLING = 4
@@ -34,7 +35,7 @@ class _Krylov:
 def _leading(X: Tensor, f: SpectralFunction, rank: int, blocks: int, work: torch.dtype) -> Tensor:
     """X is (b, m, n), m <= n."""
     norm = frobenius(X)
-    Y = quotient(X, norm, work)
+    Y = kernels.quotient(X, norm, work)
     m = Y.shape[-2]
     width = min(m, rank + OVERSAMPLING)
     if width * (blocks + 1) >= m:

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from schatten import kernels
 from schatten.solvers.core import (
     ALL,
     Columns,
@@ -26,7 +27,6 @@ from schatten.solvers.core import (
     check_matrices,
     dtype_name,
     on_wide_batch,
-    quotient,
     working_dtype,
 )
 from schatten.solvers.fit import Fit, Quintic, fit_many, grid, scalar_iterates, weights_for
@@ -234,7 +234,7 @@ class _Tower:
 
 def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtype, columns: Columns) -> Tensor:
     norm = columns.frobenius(X)
-    A = columns.gram(quotient(X, norm, work))
+    A = columns.gram(kernels.quotient(X, norm, work))
     top = spectral_norm_from_gram(A)
     top = torch.where(top == 0, 1, top)
     scale = SAFETY * top  # of X / norm
@@ -255,8 +255,8 @@ def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtyp
         weights = weights * (scale * norm).pow(f.degree)
     # In fp32, as 1 / scale^2 rounded to half precision would put A beside X X^T as a whole.
     A = (A / scale.square()).to(work)
-    form = cheaper_form(X.shape[-2], columns.count(X), _quintics(f), work, summed=True)
-    return form(quotient(X, scale * norm, work), _quintics(f), list(weights), A, columns)
+    form = cheaper_form(X.shape[-2], columns.count(X), _quintics(f), work, summed=True, half=kernels.halves(A))
+    return form(kernels.quotient(X, scale * norm, work), _quintics(f), list(weights), A, columns)
 
 
 def tower(*, dtype: torch.dtype | str = "auto") -> _Tower:

@@ -1,0 +1,103 @@
+"""Which back-end computes: eager torch everywhere, Triton's kernels where they run.
+
+`"auto"` takes Triton for a CUDA device of capability 8.0 or higher, for bf16 and fp16, and for fp32 where torch is allowed
+TF32. `"triton"` asks for it and raises where it cannot be; `"eager"` never takes it. What autograd or a tracer must see
+through, and tensors without storage, are eager in any case.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "eager", "triton")
+
+# The oldest GPU with bf16 tensor cores and asynchronous copies, which the kernels' tiles are made for.
+CAPABILITY = (8, 0)
+
+_name: ContextVar[str] = ContextVar("schatten_kernels", default="auto")
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Compute with this back-end inside the block: `"auto"`, `"eager"` or `"triton"`; of this thread or task alone.
+
+    Raises ValueError for another name, and for `"triton"` where Triton is not installed.
+
+    Example:
+        >>> import torch
+        >>> from schatten import kernels
+        >>> with kernels.use("eager"):
+        ...     A = kernels.gram(torch.eye(3).unsqueeze(0))
+        >>> A.shape
+        torch.Size([1, 3, 3])
+    """
+    token = _name.set(checked(name))
+    try:
+        yield
+    finally:
+        _name.reset(token)
+
+
+def checked(name: str) -> str:
+    """`name` if it is a back-end that can be asked for here."""
+    if name not in BACKENDS:
+        raise ValueError(f"kernels must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
+    if name == "triton" and not installed():
+        raise ValueError("kernels='triton' needs Triton, which is not installed: install it, or leave kernels='auto'.")
+    return name
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device and slowly: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def lacking(device: torch.device, name: str | None = None) -> str:
+    """Why Triton's kernels do not run on `device` with back-end `name` (that in use by default); empty where they do."""
+    name = _name.get() if name is None else name
+    if name == "eager":
+        return "asked for"
+    if name == "triton" and interpreted():
+        return ""
+    if device.type != "cuda":
+        return f"on {device.type}"
+    if torch.version.hip is not None:
+        return "on ROCm"
+    if not installed():
+        return "Triton is not installed"
+    return _old(device)
+
+
+@lru_cache(maxsize=64)
+def _old(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= CAPABILITY else f"the device has capability {capability[0]}.{capability[1]}, below 8.0"
+
+
+def refuse_unavailable(name: str, device: torch.device) -> None:
+    """Raise ValueError if `name` is "triton" and cannot be had on `device`."""
+    if checked(name) == "triton" and (why := lacking(device, name)):
+        raise ValueError(f"kernels='triton' cannot be had here ({why}): leave kernels='auto', which takes it where it can.")
+
+
+def on_triton(X: Tensor, *, products: bool = True) -> bool:
+    """Whether Triton computes with `X`: products, or element by element."""
+    if lacking(X.device) or X.numel() == 0 or torch.compiler.is_compiling() or type(X) not in (Tensor, torch.nn.Parameter):
+        return False
+    if torch.is_grad_enabled() and X.requires_grad:
+        return False
+    if products and X.dtype == torch.float32:
+        # At "highest" torch multiplies fp32 as fp32, at which its own library is faster.
+        return _name.get() == "triton" or torch.get_float32_matmul_precision() != "highest"
+    return X.dtype in (torch.bfloat16, torch.float16, torch.float32)
