@@ -57,9 +57,9 @@ def quotient(X: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
     return _backend(X, products=False).quotient(X, divisor, dtype)
 
 
-def halves(X: Tensor) -> bool:
-    """Whether symmetric products of matrices like `X` are computed by half everywhere, which changes what is cheapest."""
-    return on_triton(X)
+def halves(X: Tensor, work: torch.dtype) -> bool:
+    """Whether symmetric products of matrices like `X`, in precision `work`, are computed by half at every size."""
+    return on_triton(X, work)
 
 
 def _backend(X: Tensor, *, products: bool = True) -> ModuleType:

@@ -91,13 +91,14 @@ def refuse_unavailable(name: str, device: torch.device) -> None:
         raise ValueError(f"kernels='triton' cannot be had here ({why}): leave kernels='auto', which takes it where it can.")
 
 
-def on_triton(X: Tensor, *, products: bool = True) -> bool:
-    """Whether Triton computes with `X`: products, or element by element."""
+def on_triton(X: Tensor, work: torch.dtype | None = None, *, products: bool = True) -> bool:
+    """Whether Triton computes with `X`: products, in precision `work` where that is not X's; or element by element."""
+    dtype = X.dtype if work is None else work
     if lacking(X.device) or X.numel() == 0 or torch.compiler.is_compiling() or type(X) not in (Tensor, torch.nn.Parameter):
         return False
     if torch.is_grad_enabled() and X.requires_grad:
         return False
-    if products and X.dtype == torch.float32:
+    if products and dtype == torch.float32:
         # At "highest" torch multiplies fp32 as fp32, at which its own library is faster.
         return _name.get() == "triton" or torch.get_float32_matmul_precision() != "highest"
-    return X.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -111,15 +111,20 @@ class ColumnSolver(Protocol):
 
 
 @runtime_checkable
-class NormalisedSolver(ColumnSolver, Protocol):
-    """One that begins with X / ||X||_F in `dtype` ("auto" or a name), and may leave its last product a X + B X to `last`."""
+class QuinticSolver(ColumnSolver, Protocol):
+    """One that applies `quintics` to X / ||X||_F, multiplied in `dtype` ("auto" or a name).
+
+    `form` is the iteration that does so for (b, m, n) with m <= n in the precision `work`, as `iteration.cheaper_form`
+    describes it; `half` says that symmetric products cost half.
+    """
 
     @property
     def dtype(self) -> str: ...
 
-    def of_normalised(
-        self, X: Tensor, columns: Columns = ALL, last: Callable[[Tensor, Tensor, float], Tensor] | None = None
-    ) -> Tensor: ...
+    @property
+    def quintics(self) -> tuple[tuple[float, float, float], ...]: ...
+
+    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Callable[..., Tensor]: ...
 
 
 @runtime_checkable

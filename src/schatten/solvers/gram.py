@@ -1,13 +1,15 @@
 """The polar factor in the Gram form: all steps on m x m matrices, for rectangular ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from schatten.solvers.composed import LOWER, Composition, checked
 from schatten.solvers.core import ALL, Columns, check_matrices, normalised, on_wide_batch, working_dtype
-from schatten.solvers.iteration import Last, gram_form, product_form, restarts_for
+from schatten.solvers.iteration import gram_form, product_form, restarts_for
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,13 +19,14 @@ class _Gram(Composition):
         return on_wide_batch(X, self.of_columns)
 
     def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
-        return self.of_normalised(normalised(X, working_dtype(X, self.dtype), columns), columns)
+        work = working_dtype(X, self.dtype)
+        form = self.form(X.shape[-2], columns.count(X), work)
+        return form(normalised(X, work, columns), self.quintics, columns=columns)
 
-    def of_normalised(self, X: Tensor, columns: Columns = ALL, last: Last | None = None) -> Tensor:
-        if X.shape[-2] == columns.count(X):
-            return product_form(X, self.quintics, columns=columns, last=last)
-        restarts = restarts_for(self.quintics, X.dtype, False)
-        return gram_form(X, self.quintics, columns=columns, last=last, restarts=restarts)
+    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Callable[..., Tensor]:
+        if m == n:
+            return product_form
+        return partial(gram_form, restarts=restarts_for(self.quintics, work, False))
 
 
 def gram(

@@ -9,7 +9,7 @@ from torch import Tensor
 from schatten import kernels
 from schatten.solvers.composed import LOWER, Composition, checked
 from schatten.solvers.core import ALL, Columns, check_matrices, normalised, on_wide_batch, working_dtype
-from schatten.solvers.iteration import Last, cheaper_form, product_form
+from schatten.solvers.iteration import cheaper_form, product_form
 
 LOOSE = 0.05
 
@@ -21,13 +21,11 @@ class _Polynomial(Composition):
         return on_wide_batch(X, self.of_columns)
 
     def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
-        return self.of_normalised(normalised(X, working_dtype(X, self.dtype), columns), columns)
+        work = working_dtype(X, self.dtype)
+        form = self.form(X.shape[-2], columns.count(X), work, kernels.halves(X, work))
+        return form(normalised(X, work, columns), self.quintics, columns=columns)
 
-    def of_normalised(self, X: Tensor, columns: Columns = ALL, last: Last | None = None) -> Tensor:
-        form = self._form(X.shape[-2], columns.count(X), X.dtype, kernels.halves(X))
-        return form(X, self.quintics, columns=columns, last=last)
-
-    def _form(self, m: int, n: int, work: torch.dtype, half: bool) -> Callable[..., Tensor]:
+    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Callable[..., Tensor]:
         # Rounding the entries of the small matrices costs half precision 0.02 of the band, which a tight one does not have.
         if self.error <= LOOSE and work not in (torch.float32, torch.float64):
             return product_form

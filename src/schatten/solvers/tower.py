@@ -255,7 +255,7 @@ def _apply(X: Tensor, f: SpectralFunction, found: Fit | _Table, work: torch.dtyp
         weights = weights * (scale * norm).pow(f.degree)
     # In fp32, as 1 / scale^2 rounded to half precision would put A beside X X^T as a whole.
     A = (A / scale.square()).to(work)
-    form = cheaper_form(X.shape[-2], columns.count(X), _quintics(f), work, summed=True, half=kernels.halves(A))
+    form = cheaper_form(X.shape[-2], columns.count(X), _quintics(f), work, summed=True, half=kernels.halves(X, work))
     return form(kernels.quotient(X, scale * norm, work), _quintics(f), list(weights), A, columns)
 
 
