@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from schatten.batching import finite_gradient
+from schatten.finite import finite_gradient
 from schatten.retractions.core import lr_of
 from schatten.rounding import noisy, store_
 from schatten.state import LOST, Member

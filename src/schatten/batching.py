@@ -5,15 +5,19 @@ made of parts: the signal and the retraction see a part, the map sees the batch.
 large matrix is cut into parts by rows.
 """
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from schatten import finite
 from schatten.blockwise import decode, encode
+from schatten.kernels import Tables
+from schatten.kernels.choice import on_triton
 from schatten.rounding import noisy, stochastic_bf16, store_
 from schatten.state import COUNTERS, LOST, SCALES, Member, wide
 
@@ -37,55 +41,21 @@ MAX_CPU_PART_ENTRIES = 1 << 19
 T = TypeVar("T")
 
 
-def looking_is_free(p: Tensor) -> bool:
-    """Whether the host may look at a value without waiting for a device; where not, results are masked instead."""
-    return p.device.type == "cpu"
+def batches(
+    members: Sequence[Member], max_batch_bytes: int, lean: Callable[[Tensor], int | None] | None = None
+) -> Iterator[list[Member]]:
+    """Members with blocks of one shape, dtype and device together, in batches that `max_batch_bytes` allows.
 
-
-def finite_gradient(p: Tensor, squared: bool = False) -> Tensor:
-    """Whether the gradient is finite, on its device, with room for sums of a thousand such; or for their squares."""
-    assert p.grad is not None
-    if not p.grad.numel():
-        return torch.ones((), dtype=torch.bool, device=p.device)
-    # Widened: compared with a half-precision inf the limit would be one itself.
-    low, high = (t.to(wide(p.dtype)) for t in torch.aminmax(p.grad.detach()))
-    limit = _limit(p.dtype, squared)
-    # False for nan, which aminmax passes on.
-    return (low >= -limit) & (high <= limit)
-
-
-def _limit(dtype: torch.dtype, squared: bool) -> float:
-    return (torch.finfo(wide(dtype)).max / 1024) ** (0.5 if squared else 1.0)
-
-
-def counted(p: Tensor, state: Mapping[str, Tensor], found_inf: Tensor | None, squared: bool) -> tuple[bool, Tensor | None]:
-    """Count this step of a parameter, or its skipping: (whether the step may move it, a flag on the device that decides).
-
-    A step moves nothing where the gradient is not finite or a GradScaler has found one that is not (`found_inf`).
+    `lean` gives the bytes per entry that kernels take for such parameters, if they step them; they need equal strides.
     """
-    if looking_is_free(p):
-        assert p.grad is not None
-        # On numbers of the host, as five operations on tiny tensors take longer.
-        low, high = (float(t) for t in torch.aminmax(p.grad.detach()))
-        limit = _limit(p.dtype, squared)
-        moved = -limit <= low and high <= limit and (found_inf is None or not bool(found_inf))
-        state["step" if moved else "skipped"].add_(1)
-        return moved, None
-    finite = finite_gradient(p, squared)
-    if found_inf is not None:
-        finite = finite & (found_inf.to(finite.device) == 0)
-    state["step"].add_(finite)
-    state["skipped"].add_(~finite)
-    return True, finite
-
-
-def batches(members: Sequence[Member], max_batch_bytes: int) -> Iterator[list[Member]]:
-    """Members with blocks of one shape, dtype and device together, in batches that `max_batch_bytes` allows."""
     alike: dict[tuple[object, ...], list[Member]] = defaultdict(list)
     for member in members:
-        alike[member.piece.blocks, member.p.dtype, member.p.device].append(member)
+        alike[(member.piece.blocks, member.p.dtype, member.p.device, *_strides(member))].append(member)
     for same in alike.values():
         p, entries = same[0].p, _entries(same[0])
+        if lean is not None and (entry_bytes := lean(p)) is not None:
+            yield from _evenly(same, max(1, max_batch_bytes // (entry_bytes * max(1, entries))))
+            continue
         kept = sum(t.numel() for key, t in same[0].state.items() if key not in COUNTERS) / max(1, p.numel())
         yield from in_batches(same, entries, kept, wide(p.dtype), p.device, max_batch_bytes)
 
@@ -98,6 +68,21 @@ def in_batches(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     entry_bytes = BYTES_PER_ENTRY + STATE_BYTES * max(0.0, kept - 1)
     return _pieces(same, entries, int(max_batch_bytes * 4 / (entry_bytes * dtype.itemsize)), threads)
+
+
+def _strides(member: Member) -> tuple[object, ...]:
+    """What kernels want equal in a batch, where they run."""
+    p, grad = member.p, member.p.grad
+    if grad is None or not on_triton(p, products=False):
+        return ()
+    return (id(member.piece), p.stride(), grad.stride(), grad.dtype)
+
+
+def _evenly(items: list[T], limit: int) -> list[list[T]]:
+    """As few pieces as hold `limit` at most, of nearly one size, as a short one would leave most of a GPU idle."""
+    count = -(-len(items) // limit)
+    bounds = [len(items) * k // count for k in range(count + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _entries(member: Member) -> int:
@@ -114,7 +99,7 @@ def parts(whole: "Part", by_rows: bool) -> list["Part"]:
     """A batch in the pieces its device prefers for elementwise work; large matrices by rows if `by_rows`."""
     members, blocks = whole.members, whole.blocks
     p, entries = members[0].p, _entries(members[0])
-    if not looking_is_free(p):
+    if not finite.looking_is_free(p):
         return [whole]
     if entries <= MAX_CPU_PART_ENTRIES or not by_rows or p.dtype != wide(p.dtype) or not all(map(_in_rows, members)):
         pieces = _pieces(members, entries, MAX_CPU_PART_ENTRIES)
@@ -133,10 +118,14 @@ def _in_rows(member: Member) -> bool:
 
 
 class Room:
-    """Memory for the signals of one batch after another: fresh pages cost a CPU as much as the arithmetic on them."""
+    """Memory for the signals of one batch after another: fresh pages cost a CPU as much as the arithmetic on them.
 
-    def __init__(self) -> None:
+    And what kernels remember from step to step.
+    """
+
+    def __init__(self, tables: Tables | None = None) -> None:
         self.flat: Tensor | None = None
+        self.tables = Tables() if tables is None else tables
 
     def like(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         """An uninitialised tensor of `t`'s dtype and device; the one before it is overwritten."""

@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from schatten import checkpoint, converters, edits, metrics
 from schatten.adamw import adamw_step_
-from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches, counted
+from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches
+from schatten.finite import counted
+from schatten.fused import iterates_bytes
 from schatten.groups import (
     ADAMW_DEFAULTS,
     UNORDERED,
@@ -458,11 +460,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
                     self._recorder.change(index, before, p, lr_of(group) * group["weight_decay"])
             return
         rule, members = self.rule(group), []
-        for index, p in stepped:
-            moved, finite = counted(p, self.state[p], found_inf, getattr(rule.signal, "squares", False))
+        params = [p for _, p in stepped]
+        found = counted(params, [self.state[p] for p in params], found_inf, getattr(rule.signal, "squares", False))
+        for (index, p), (moved, finite) in zip(stepped, found, strict=True):
             if moved:
                 members += self._members(index, p, group, finite)
-        for batch in batches(members, self.max_batch_bytes):
+        # What is measured is stepped by the slots' own operations.
+        lean = None if self._recorder.open else partial(iterates_bytes, rule)
+        for batch in batches(members, self.max_batch_bytes, lean):
             self._spectral_step_(Part(batch), rule, group, room, scale)
 
     def _members(self, index: int, p: Tensor, group: Mapping[str, Any], finite: Tensor | None = None) -> list[Member]:

@@ -144,5 +144,8 @@ class Member(NamedTuple):
 
     def seed(self, what: str) -> Tensor:
         """For this step's noise on `what`: the same on every rank and in every rerun, and made on the device."""
-        own = zlib.crc32(f"{what}{self.suffix}".encode()) + self.number * 0x85EBCA6B
-        return self.state["step"].to(torch.int64) * 0x9E3779B1 + own % (1 << 32)
+        return self.state["step"].to(torch.int64) * 0x9E3779B1 + self.own(what)
+
+    def own(self, what: str) -> int:
+        """What sets this seed apart from other parameters' and other noise, in 32 bits."""
+        return (zlib.crc32(f"{what}{self.suffix}".encode()) + self.number * 0x85EBCA6B) % (1 << 32)

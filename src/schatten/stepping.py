@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from schatten import fused
 from schatten.batching import Part, Room, parts, places
+from schatten.kernels import Tables
 from schatten.retractions.core import lr_of
 from schatten.rule import Rule
 
@@ -24,6 +26,8 @@ def signals_(
 
     `scale` is a GradScaler's. The result may lie in `room`, until the next batch.
     """
+    if keep and (made := fused.signals_(whole, rule, group, scale, room.tables)) is not None:
+        return made
     own = _parts(whole, rule)
     S = None
     for part, at in places(own):
@@ -39,8 +43,12 @@ def signals_(
     return S
 
 
-def retract_(whole: Part, D: Tensor, length: float | Tensor, rule: Rule, group: Mapping[str, Any]) -> None:
+def retract_(
+    whole: Part, D: Tensor, length: float | Tensor, rule: Rule, group: Mapping[str, Any], tables: Tables | None = None
+) -> None:
     """Take directions D to the weights; `length` multiplies D, a number or one for each block."""
+    if fused.retract_(whole, D, length, rule, group, tables or Tables()):
+        return
     for part, at in places(_parts(whole, rule)):
         at_length = length[at] if isinstance(length, Tensor) and length.ndim > 0 else length
         W, new_state = rule.retraction(part.weights(), part.of(D[at]), at_length, part.state(), group)
@@ -52,13 +60,15 @@ def step_(
     whole: Part, rule: Rule, group: Mapping[str, Any], room: Room, scale: Tensor | None, recorder: "Recorder | None"
 ) -> None:
     """Step equal blocks that are here: signal and retraction part by part, the map on all of them at once."""
+    if recorder is None and fused.polar_step_(whole, rule, group, scale, room.tables):
+        return
     S = signals_(whole, rule, group, room, scale)
     D, new_state = rule.direction(S, whole.state(), group)
     whole.keep_state_(new_state)
     length = lr_of(group) * rule.scale(D)
     if recorder is not None:
         recorder.direction([(m.number, m.suffix) for m in whole.members], D, length, rule)
-    retract_(whole, D, length, rule, group)
+    retract_(whole, D, length, rule, group, room.tables)
 
 
 def _parts(whole: Part, rule: Rule) -> list[Part]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import schatten
-from schatten import batching, solvers
+from schatten import finite, solvers
 
 OPTIONS = {"lr": 0.1, "solver": solvers.svd()}
 
@@ -34,7 +34,7 @@ def in_step(request):
 @pytest.mark.parametrize("masked", [False, True], ids=["host", "device mask"])
 @pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled by hand"])
 def test_a_scaled_run_is_the_plain_run(monkeypatch, masked, unscaled, in_step, preset):
-    monkeypatch.setattr(batching, "looking_is_free", lambda p: not masked)
+    monkeypatch.setattr(finite, "looking_is_free", lambda p: not masked)
     a, b = model(), model()
     opt, plain, scaling = preset(a, **OPTIONS), preset(b, **OPTIONS), scaler()
     opt._step_supports_amp_scaling = in_step
@@ -61,7 +61,7 @@ def test_a_scaled_run_is_the_plain_run(monkeypatch, masked, unscaled, in_step, p
 
 @pytest.mark.parametrize("masked", [False, True], ids=["host", "device mask"])
 def test_one_overflowed_gradient_skips_the_whole_step_and_lowers_the_scale(monkeypatch, masked, in_step):
-    monkeypatch.setattr(batching, "looking_is_free", lambda p: not masked)
+    monkeypatch.setattr(finite, "looking_is_free", lambda p: not masked)
     net = model()
     opt, scaling = schatten.Muon(net, **OPTIONS), scaler()
     opt._step_supports_amp_scaling = in_step

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from schatten import batching
+from schatten import finite
 
 SHAPES = [(6, 4), (6, 4), (3, 5), (6, 4)]
 
@@ -15,7 +15,7 @@ SHAPES = [(6, 4), (6, 4), (3, 5), (6, 4)]
 @pytest.fixture
 def masked(monkeypatch):
     def switch(on):
-        monkeypatch.setattr(batching, "looking_is_free", lambda p: not on)
+        monkeypatch.setattr(finite, "looking_is_free", lambda p: not on)
 
     return switch
 

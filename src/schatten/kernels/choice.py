@@ -68,7 +68,7 @@ def lacking(device: torch.device, name: str | None = None) -> str:
     name = _name.get() if name is None else name
     if name == "eager":
         return "asked for"
-    if name == "triton" and interpreted():
+    if name == "triton" and interpreted() and device.type == "cpu":
         return ""
     if device.type != "cuda":
         return f"on {device.type}"

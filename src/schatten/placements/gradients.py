@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from schatten.batching import finite_gradient
+from schatten.finite import finite_gradient
 from schatten.placements.local import plain
 
 
 def is_finite(p: Tensor, squares: bool, found_inf: Tensor | None) -> Tensor:
-    """Whether this rank's part of a gradient is finite, as `batching.finite_gradient`; true where there is none."""
+    """Whether this rank's part of a gradient is finite, as `finite.finite_gradient`; true where there is none."""
     # As it lies, which may not be as its parameter does: to bring it there would be a collective.
     grad = torch.zeros_like(plain(p.detach())) if p.grad is None else plain(p.grad.detach())
     holder = grad.detach()

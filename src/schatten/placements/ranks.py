@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from schatten.batching import looking_is_free
+from schatten.finite import looking_is_free
 from schatten.layout import pieces
 from schatten.placements import text
 from schatten.placements.agreement import agree, host_group, new_group, patience

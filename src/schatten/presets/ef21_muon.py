@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from schatten.batching import batches, finite_gradient
+from schatten.batching import batches
 from schatten.compressors import Compressor, Identity, TopK, message_bytes
+from schatten.finite import finite_gradient
 from schatten.layout import pieces
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
