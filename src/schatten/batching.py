@@ -25,6 +25,9 @@ from schatten.state import COUNTERS, LOST, SCALES, Member, wide
 # Enough to fill the cores or the GPU, and below one and a half times the largest same-shape batch of GPT-2 small, 108 MiB.
 MAX_BATCH_BYTES = 160 << 20
 
+# And on a GPU, which is filled by larger batches: the matrices of GPT-2 small make one batch for each of their shapes.
+MAX_GPU_BATCH_BYTES = 512 << 20
+
 # Allocated per entry of a batch while its direction is computed, at most: for a tower in fp32 the signal, the sum, three
 # iterates and three products of them. Half of it where products are bf16. `tests/facts/test_step_memory.py` measures it.
 BYTES_PER_ENTRY = 32
@@ -41,6 +44,10 @@ MAX_CPU_PART_ENTRIES = 1 << 19
 T = TypeVar("T")
 
 
+def default_batch_bytes(device: torch.device) -> int:
+    return MAX_GPU_BATCH_BYTES if device.type == "cuda" else MAX_BATCH_BYTES
+
+
 def batches(
     members: Sequence[Member], max_batch_bytes: int, lean: Callable[[Tensor], int | None] | None = None
 ) -> Iterator[list[Member]]:
@@ -49,8 +56,10 @@ def batches(
     `lean` gives the bytes per entry that kernels take for such parameters, if they step them; they need equal strides.
     """
     alike: dict[tuple[object, ...], list[Member]] = defaultdict(list)
+    apart = bool(members) and on_triton(members[0].p, products=False)
     for member in members:
-        alike[(member.piece.blocks, member.p.dtype, member.p.device, *_strides(member))].append(member)
+        strides = _strides(member) if apart else ()
+        alike[member.piece.blocks, member.p.dtype, member.p.device, strides].append(member)
     for same in alike.values():
         p, entries = same[0].p, _entries(same[0])
         if lean is not None and (entry_bytes := lean(p)) is not None:
@@ -71,11 +80,9 @@ def in_batches(
 
 
 def _strides(member: Member) -> tuple[object, ...]:
-    """What kernels want equal in a batch, where they run."""
+    """What kernels want equal in a batch."""
     p, grad = member.p, member.p.grad
-    if grad is None or not on_triton(p, products=False):
-        return ()
-    return (id(member.piece), p.stride(), grad.stride(), grad.dtype)
+    return () if grad is None else (id(member.piece), p.stride(), grad.stride(), grad.dtype)
 
 
 def _evenly(items: list[T], limit: int) -> list[list[T]]:

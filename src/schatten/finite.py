@@ -11,6 +11,7 @@ from schatten.state import wide
 # One launch for many tensors.
 FOREACH_NORM = torch.ops.aten._foreach_norm.Scalar
 FOREACH_ADD = torch.ops.aten._foreach_add_.List
+FOREACH_COUNT = torch.ops.aten._foreach_add_.Scalar
 
 
 def looking_is_free(p: Tensor) -> bool:
@@ -52,15 +53,18 @@ def counted(
     device all parameters are looked at in a few launches.
     """
     found: list[tuple[bool, Tensor | None]] = [(False, None)] * len(params)
+    counters: list[Tensor] = []
     alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = defaultdict(list)
     for i, (p, state) in enumerate(zip(params, states, strict=True)):
         if looking_is_free(p):
             moved = usable(p, found_inf, squared)
-            state["step" if moved else "skipped"].add_(1)
+            counters.append(state["step" if moved else "skipped"])
             found[i] = moved, None
         else:
             assert p.grad is not None
             alike[p.device, p.grad.dtype, p.dtype].append(i)
+    if counters:
+        FOREACH_COUNT(counters, 1)
     for (device, _, dtype), own in alike.items():
         # Largest magnitudes, which pass nan on; widened as above.
         grads = [params[i].grad for i in own]

@@ -18,8 +18,8 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from schatten import checkpoint, converters, edits, metrics
-from schatten.adamw import adamw_step_
-from schatten.batching import MAX_BATCH_BYTES, Part, Room, batches
+from schatten.adamw import adamw_steps_
+from schatten.batching import Part, Room, batches, default_batch_bytes
 from schatten.finite import counted
 from schatten.fused import iterates_bytes
 from schatten.groups import (
@@ -34,6 +34,8 @@ from schatten.groups import (
     name_of,
     unpack,
 )
+from schatten.kernels.bucket import Tables
+from schatten.kernels.choice import checked, described, refuse_unavailable, use
 from schatten.layout import Layout, Piece, pieces
 from schatten.placements import Context, Overlap, Ranks
 from schatten.retractions import decays_explicitly
@@ -68,7 +70,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         rules: overrides for a module's routes, see `schatten.plan`.
         strict: refuse a module with parameters of two or more dimensions whose kind is not known; False trains them by AdamW.
         max_batch_bytes: what a step may allocate at a time; equal shapes are stepped in batches that keep to it, one matrix
-            at least. Less saves memory, more saves nothing from some 100 MiB on.
+            at least. Less saves memory, more saves nothing from some 100 MiB on. Default 160 MiB, on a GPU 512 MiB.
+        kernels: `"auto"` computes by Triton's kernels where they run (CUDA from capability 8.0) and by torch elsewhere,
+            `"eager"` by torch everywhere, `"triton"` refuses to do without; `plan` says which it is (docs/speed.md).
         placement: where directions are computed if several ranks hold a parameter, found from the parameters by default:
             `"local"` on every rank; `"owners"` each on one, of those of `process_group`, which then hears of it from there
             (default for a DistributedDataParallel module); `"zero1"` so, and matrices' state is divided among ranks. DTensors
@@ -119,7 +123,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         state_dtype: str | None = None,
         maximize: bool = False,
         adamw: Mapping[str, Any] | None = None,
-        max_batch_bytes: int = MAX_BATCH_BYTES,
+        max_batch_bytes: int | None = None,
+        kernels: str = "auto",
         layout: str | Layout = "auto",
         placement: str | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -142,7 +147,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         }
         if rule is not None:
             defaults["rule"] = rule
-        if isinstance(max_batch_bytes, bool) or not isinstance(max_batch_bytes, int) or max_batch_bytes < 1:
+        if max_batch_bytes is not None and (
+            isinstance(max_batch_bytes, bool) or not isinstance(max_batch_bytes, int) or max_batch_bytes < 1
+        ):
             raise ValueError(f"max_batch_bytes must be a positive number of bytes, got {max_batch_bytes!r}.")
         if type(self).rule is SpectralOptimizer.rule:
             known = self.rule({"rule": rule}).hyperparameters
@@ -156,8 +163,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 f"{', '.join(sorted({*self._named_options(), *self.group_options} - {'self', 'params', 'options'}))}, "
                 f"and those of SpectralOptimizer."
             )
-        self.max_batch_bytes = max_batch_bytes
+        self.kernels = checked(kernels)
         self.plan = None
+        self._tables = Tables()
         self._recorder = metrics.Recorder()
         self._seen: list[edits.Seen] = []
         self._looked_at = -1
@@ -180,6 +188,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         if self.plan is None:
             self.plan = Plan.of_groups(self.param_groups)
+        self._find_kernels()
+        first = self.param_groups[0]["params"][0].device
+        self.max_batch_bytes = default_batch_bytes(first) if max_batch_bytes is None else max_batch_bytes
         self._find_ranks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,6 +198,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         own = {"plan": self.plan, "max_batch_bytes": self.max_batch_bytes, "_recorder": self._recorder}
         own["_averaged"] = self._averaged
         own["_ranks"] = self._ranks
+        own["kernels"] = self.kernels
+        own["_tables"] = Tables()
         return {**super().__getstate__(), **own, "_seen": [], "_looked_at": -1}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
@@ -275,6 +288,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter whose gradient is None does not move, decay or count; one whose gradient
         holds inf or nan is left as it is and counted in `metrics()`. All checks run before the first weight changes.
         """
+        with use(self.kernels):
+            return self._step_(closure)
+
+    def _step_(self, closure: Callable[[], Any] | None) -> Any:
         checks = [self._ranks.settle, self._ranks.refuse_torn, self._check_edits, self._follow_replaced, self._find_ranks]
         if closure is not None:
             # Ranks that evaluate while another has refused would wait for it.
@@ -282,7 +299,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             checks = []
         loss: list[Any] = []
         decided = self._decided([*checks, lambda: loss.append(self.evaluate(closure)), self._refuse_unusable_gradients])
-        room, index, shared = Room(), 0, self._ranks.numbers
+        room, index, shared = Room(self._tables), 0, self._ranks.numbers
         self._recorder.begin(self._step_number() + 1)
         for group in self.param_groups:
             group["step"] += 1
@@ -378,7 +395,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self._looked_at = self._step_number()
         _refuse_gradient(p, f"the parameter number {index}")
         self._recorder.begin(group["step"] + 1)
-        self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room())
+        with use(self.kernels):
+            self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room(self._tables))
         p.grad = None
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -416,6 +434,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if self._ranks.overlap is not None:
             self._ranks.overlap.follow()
 
+    def _find_kernels(self) -> None:
+        """Say in the plan what computes; raise if kernels are wanted where they cannot be."""
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        for device in dict.fromkeys(devices):
+            refuse_unavailable(self.kernels, device)
+        if self.plan is not None:
+            self.plan = replace(self.plan, kernels=described(devices, self.kernels))
+
     def _step_on_ranks_(self, decided: Mapping[int, tuple[bool, Tensor | None]]) -> None:
         """Step the parameters that several ranks hold."""
         rules = [self.rule(group) if group["algorithm"] == "spectral" else Rule() for group in self.param_groups]
@@ -447,17 +473,17 @@ class SpectralOptimizer(torch.optim.Optimizer):
         # A GradScaler sets both for the time of a step, if `_step_supports_amp_scaling` is set on the optimizer.
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         stepped = [(index, p) for index, p in indexed if p.grad is not None and p.numel()]
-        for _, p in stepped:
-            follow_device_(self.state[p], p)
+        if any([follow_device_(self.state[p], p) for _, p in stepped]):
+            self._find_kernels()
         if self._recorder.open:
             for index, p in stepped:
                 self._recorder.gradient(index, p)
         if group["algorithm"] == "adamw":
-            for index, p in stepped:
-                before = p.detach().to(wide(p.dtype), copy=True) if self._recorder.open else None
-                adamw_step_(Member(index, p, _whole(p), "", self.state[p], None), group, found_inf, scale)
-                if before is not None:
-                    self._recorder.change(index, before, p, lr_of(group) * group["weight_decay"])
+            members = [Member(index, p, _whole(p), "", self.state[p], None) for index, p in stepped]
+            before = [p.detach().to(wide(p.dtype), copy=True) for _, p in stepped] if self._recorder.open else []
+            adamw_steps_(members, group, found_inf, scale, room.tables)
+            for m, W in zip(members, before, strict=False):
+                self._recorder.change(m.number, W, m.p, lr_of(group) * group["weight_decay"])
             return
         rule, members = self.rule(group), []
         params = [p for _, p in stepped]

@@ -57,11 +57,13 @@ def fresh_state(p: Tensor, group: Mapping[str, Any], rule: Rule | None) -> dict[
     return {**state, **counters}
 
 
-def follow_device_(state: dict[str, Tensor], p: Tensor) -> None:
-    """Take state along with a model that was moved after construction, as torch's lazy state would go."""
-    if state["step"].device != p.device:
+def follow_device_(state: dict[str, Tensor], p: Tensor) -> bool:
+    """Take state along with a model that was moved after construction, as torch's lazy state would go; whether it was."""
+    moved = state["step"].device != p.device
+    if moved:
         for key, value in state.items():
             state[key] = value.to(p.device)
+    return moved
 
 
 def _of_rule(p: Tensor, own: Sequence[Piece], rule: Rule, state_dtype: str | None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import schatten
 from schatten import Layout, Muon, batching, layout, optimizer, retractions, scales
-from schatten.adamw import adamw_step_
+from schatten.adamw import adamw_steps_
 from schatten.self_test import SelfTestError, self_test
 
 RULES = [
@@ -293,13 +293,15 @@ def weights_of_a_batch_exchanged(patch):
 
 def coupled_decay(patch):
     # L2 decay in the gradient, which Adam's ratio then divides away, instead of AdamW's.
-    def step(m, group, found_inf, scale):
-        grad = m.p.grad
-        m.p.grad = grad + group["weight_decay"] * m.p
-        adamw_step_(m, {**group, "weight_decay": 0.0}, found_inf, scale)
-        m.p.grad = grad
+    def step(members, group, *rest):
+        grads = [m.p.grad for m in members]
+        for m in members:
+            m.p.grad = m.p.grad + group["weight_decay"] * m.p
+        adamw_steps_(members, {**group, "weight_decay": 0.0}, *rest)
+        for m, grad in zip(members, grads, strict=True):
+            m.p.grad = grad
 
-    patch.setattr(optimizer, "adamw_step_", step)
+    patch.setattr(optimizer, "adamw_steps_", step)
     return "decay", "norm.weight"
 
 

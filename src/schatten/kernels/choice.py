@@ -7,7 +7,7 @@ through, and tensors without storage, are eager in any case.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -89,6 +89,15 @@ def refuse_unavailable(name: str, device: torch.device) -> None:
     """Raise ValueError if `name` is "triton" and cannot be had on `device`."""
     if checked(name) == "triton" and (why := lacking(device, name)):
         raise ValueError(f"kernels='triton' cannot be had here ({why}): leave kernels='auto', which takes it where it can.")
+
+
+def described(devices: Iterable[torch.device], name: str) -> str:
+    """What computes on these devices if the back-end `name` is asked for, in words."""
+    found = {device: lacking(device, name) for device in dict.fromkeys(devices)}
+    texts = ["triton" if not why else f"eager ({why})" for why in found.values()]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return ", ".join(f"{text} on {device}" if text == "triton" else text for device, text in zip(found, texts, strict=True))
 
 
 def on_triton(X: Tensor, work: torch.dtype | None = None, *, products: bool = True) -> bool:

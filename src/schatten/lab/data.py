@@ -42,14 +42,19 @@ def load(source: str, tokens: str, context: int) -> Corpus:
     """Read `source` and cut it into tokens.
 
     `source` is `"pydoc"` (the English texts of the standard library's `pydoc_data.topics`, read at run time), a text
-    file, a folder with nanoGPT's `train.bin` and `val.bin` (uint16) or with `*.txt` files, or `hf:NAME`, a dataset of
-    the `datasets` library with a `text` column. `tokens` is `byte`, `char` or `bpe:N`; memory maps bring their own.
+    file, a `.bin` file of nanoGPT's tokens (uint16), a folder with its `train.bin` and `val.bin` or with `*.txt` files, or
+    `hf:NAME`, a dataset of the `datasets` library with a `text` column. `tokens` is `byte`, `char` or `bpe:N`; memory maps
+    bring their own.
 
     Raises InputError for a source that is missing, empty, not text or too short for one window of `context` tokens.
     """
     path = Path(source)
     if path.is_dir() and (path / "train.bin").exists():
         train, validation, vocabulary = _memory_maps(path)
+    elif path.is_file() and path.suffix == ".bin":
+        whole = _memory_map(path)
+        cut = int(TRAIN_SHARE * len(whole))
+        train, validation, vocabulary = whole[:cut], whole[cut:], 1 + int(whole.max())
     else:
         text = _read(source, path)
         cut = int(TRAIN_SHARE * len(text))

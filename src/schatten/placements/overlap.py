@@ -21,6 +21,7 @@ from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
 from schatten.groups import name_of
+from schatten.kernels.choice import use
 from schatten.placements.agreement import agree, group_like
 from schatten.placements.flight import Context, Flight
 from schatten.placements.lane import Lane, Moving
@@ -190,7 +191,7 @@ class Overlap:
         self.given[number] = Stamp.of(p.grad)
         if not self.backward or self.ranks.torn or self.crews is not self.ranks.crews:
             return
-        with lane.aside():
+        with use(self.opt.kernels), lane.aside():
             while lane.next and all(map(self._ready, lane.next)):
                 lane.start({n: self._local(n) for n in lane.next}, self._early_context())
             if not self._measured():
@@ -324,7 +325,7 @@ class Overlap:
                             f"lost: call finish() on what overlap() returned before, and load the last checkpoint."
                         )
             for lane, flight, _ in waiting:
-                with lane.aside():
+                with use(self.opt.kernels), lane.aside():
                     flight.write_()
                 lane.join()
         landed = {id(w) for w in waiting}

@@ -6,7 +6,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from schatten.batching import MAX_BATCH_BYTES
 from schatten.maps import Nuclear
 from schatten.optimizer import SpectralOptimizer
 from schatten.retractions import Retraction, named
@@ -44,7 +43,8 @@ class Muon(SpectralOptimizer):
         adamw: `betas` and `eps` of the AdamW groups.
         rules: overrides for a module's routes, see `schatten.plan`.
         strict: refuse a module with parameters of two or more dimensions whose kind is not known; False trains them by AdamW.
-        max_batch_bytes: what a step may allocate at a time, default 160 MiB.
+        max_batch_bytes: what a step may allocate at a time, default 160 MiB, on a GPU 512 MiB.
+        kernels: `"auto"`, `"eager"` or `"triton"`: what computes, see `SpectralOptimizer`.
 
     State: one tensor per matrix, two per AdamW parameter, fp32 for half-precision parameters unless
     `state_dtype` says less. Differences from
@@ -82,7 +82,8 @@ class Muon(SpectralOptimizer):
         adamw: Mapping[str, Any] | None = None,
         rules: Sequence[tuple[Any, ...]] = (),
         strict: bool = True,
-        max_batch_bytes: int = MAX_BATCH_BYTES,
+        max_batch_bytes: int | None = None,
+        kernels: str = "auto",
         placement: str | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -103,6 +104,7 @@ class Muon(SpectralOptimizer):
             rules=rules,
             strict=strict,
             max_batch_bytes=max_batch_bytes,
+            kernels=kernels,
             placement=placement,
             process_group=process_group,
         )

@@ -28,7 +28,8 @@ class Entry:
 class Plan:
     """Every trainable parameter with its route and the reason; iterable, and printed as a table.
 
-    `placement` is where an optimizer finds its parameters on several ranks, which is no part of what plans are compared by.
+    `placement` is where an optimizer finds its parameters on several ranks and `kernels` what it computes with, which are no
+    part of what plans are compared by.
 
     Example:
         >>> import torch, schatten
@@ -44,6 +45,7 @@ class Plan:
     entries: tuple[Entry, ...]
     frozen: int = field(default=0)
     placement: str = field(default="", compare=False)
+    kernels: str = field(default="", compare=False)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -104,6 +106,8 @@ class Plan:
             totals.append(f"frozen, not trained: {self.frozen} tensors")
         if self.placement:
             totals.append(f"placement: {self.placement}")
+        if self.kernels:
+            totals.append(f"kernels: {self.kernels}")
         return totals
 
 
