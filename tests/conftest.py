@@ -1,7 +1,15 @@
-"""Fixtures for every test: a fixed seed, and the axes that contracts run over."""
+"""Fixtures for every test: a fixed seed, and the axes that contracts run over.
+
+Without a GPU, Triton's kernels run in its interpreter, which must be asked for before anything imports Triton.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from schatten import presets
 

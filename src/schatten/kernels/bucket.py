@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# A few launches for hundreds of numbers, which are arguments of the launch.
+ADD = torch.ops.aten._foreach_add_.ScalarList
+
 # Tables remembered: those of a step, of all buckets of a large model.
 REMEMBERED = 512
 
@@ -45,10 +48,10 @@ class Bucket:
 
 
 class Tables:
-    """Numbers on a device, copied there once for each set of values.
+    """Numbers on a device, made there once for each set of values.
 
-    A copy goes through pinned memory, so that nothing waits. What is made while a CUDA graph is captured is kept for good: a
-    replay copies from the same place again.
+    They travel as arguments of launches, not from the host's memory: nothing waits, and a captured CUDA graph makes them
+    again in each replay. What is made while a graph is captured holds nothing before, so it is kept but not used again.
     """
 
     def __init__(self) -> None:
@@ -58,25 +61,19 @@ class Tables:
     def of(self, values: tuple[float, ...] | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """`values` as a tensor (n,)."""
         key = (values, dtype, device)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = self._known.get(key)
         if found is None:
-            found = self._copied(values, dtype, device)
-            self._known[key] = found
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+            found = _made(values, dtype, device)
+            if not capturing:
+                self._known[key] = found
+                if len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
         else:
             self._known.move_to_end(key)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing:
             self._captured.append(found)
         return found
-
-    def _copied(self, values: tuple[float, ...] | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if device.type != "cuda":
-            return torch.tensor(values, dtype=dtype, device=device)
-        pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
-        if torch.cuda.is_current_stream_capturing():
-            self._captured.append(pinned)
-        return pinned.to(device, non_blocking=True)
 
     def addresses(self, *buckets: Sequence[Tensor] | Bucket) -> Tensor:
         """(buckets x members,) int64: the addresses of each bucket's members in turn; plain tensors from their first entry."""
@@ -84,6 +81,15 @@ class Tables:
         first = buckets[0]
         device = first.device if isinstance(first, Bucket) else first[0].device
         return self.of(tuple(a for one in own for a in one), torch.int64, device)
+
+
+def _made(values: tuple[float, ...] | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    table = torch.zeros(len(values), dtype=dtype, device=device)
+    if values:
+        ADD(list(table.unbind()), list(values))
+    return table
 
 
 @dataclass(frozen=True)

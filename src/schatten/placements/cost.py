@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from schatten.functions import with_dtype
 from schatten.placements.machine import Machine, Operation
@@ -134,6 +133,10 @@ class _Seen(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # Not at the top: it imports Triton, where that is installed, and with it half a second.
+        from torch.utils.flop_counter import flop_registry
+
+        self.registry = flop_registry
         self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,7 +151,7 @@ class _Seen(TorchDispatchMode):
             if packet in FACTORISATIONS:
                 self.operations.append(Operation(float(FACTORISATIONS[packet](*args, **kwargs)), size, factorisation=True))
             else:
-                flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+                flops = self.registry[packet](*args, **kwargs, out_val=out) if packet in self.registry else 0
                 self.operations.append(Operation(float(flops), size))
         return out
 
