@@ -42,11 +42,20 @@ def iterates_bytes(rule: Rule, p: Tensor) -> int | None:
 
 def _precision(rule: Rule, p: Tensor) -> torch.dtype | None:
     """What the products of a polar step are multiplied in, if Triton can take the whole step."""
+    dtype = _known(rule)
+    if dtype is None:
+        return None
+    work = working_dtype(p, dtype)
+    return work if on_triton(p, work) else None
+
+
+@lru_cache(maxsize=256)
+def _known(rule: Rule) -> str | None:
+    """The precision a rule's solver is given, if every slot is one that `polar_step_` knows."""
     known = type(rule.signal) is Momentum and type(rule.retraction) is DecoupledDecay and type(rule.scale) is Scale
     if not known or type(rule.map) is not Nuclear or not isinstance(rule.map.solver, QuinticSolver):
         return None
-    work = working_dtype(p, rule.map.solver.dtype)
-    return work if on_triton(p, work) else None
+    return rule.map.solver.dtype
 
 
 def polar_step_(whole: Part, rule: Rule, group: Mapping[str, Any], scale: Tensor | None, tables: Tables) -> bool:

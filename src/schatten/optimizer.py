@@ -393,7 +393,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if self._looked_at != self._step_number():  # the first of this backward
             self._check_edits()
             self._looked_at = self._step_number()
-        _refuse_gradient(p, f"the parameter number {index}")
+        _refuse_gradient(p, lambda: f"the parameter number {index}")
         self._recorder.begin(group["step"] + 1)
         with use(self.kernels):
             self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room(self._tables))
@@ -464,7 +464,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                _refuse_gradient(p, name_of(group, i))
+                _refuse_gradient(p, partial(name_of, group, i))
         if self._ranks.overlap is not None:
             self._ranks.overlap.check()
 
@@ -568,17 +568,17 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._ranks.torn = False
 
 
-def _refuse_gradient(p: Tensor, name: str) -> None:
+def _refuse_gradient(p: Tensor, name: Callable[[], str]) -> None:
     if p.grad is None:
         return
     if p.grad.layout != torch.strided:
         raise RuntimeError(
-            f"Gradients must be dense, but that of {name}, shape {tuple(p.shape)}, is {p.grad.layout}: build the layer with "
+            f"Gradients must be dense, but that of {name()}, shape {tuple(p.shape)}, is {p.grad.layout}: build the layer with "
             f"sparse=False. No weight was changed."
         )
     if p.grad.shape != p.shape or not p.grad.is_floating_point():
         raise RuntimeError(
-            f"A gradient must have its parameter's shape and be real, but that of {name}, shape {tuple(p.shape)}, has shape "
+            f"A gradient must have its parameter's shape and be real, but that of {name()}, shape {tuple(p.shape)}, has shape "
             f"{tuple(p.grad.shape)} and is {p.grad.dtype}. No weight was changed."
         )
 

@@ -40,7 +40,7 @@ class Rule:
         for name, kinds in slots.items():
             filling = getattr(self, name)
             # A class has its instances' methods too, and would fail only in the first step.
-            if isinstance(filling, type) or not isinstance(filling, kinds):
+            if isinstance(filling, type) or not _fits(filling, kinds):
                 what = (
                     f"the class {filling.__name__}: write {filling.__name__}(...)"
                     if isinstance(filling, type)
@@ -66,11 +66,23 @@ class Rule:
 
     def direction(self, S: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """D of the signal S by the map or what stands in its place, and its new state."""
-        if isinstance(self.map, Map):
-            return self.map.grad(S), {}
-        return self.map(S, state, group)
+        if _fits(self.map, (Map,)):
+            return self.map.grad(S), {}  # type: ignore[union-attr]
+        return self.map(S, state, group)  # type: ignore[operator]
 
     def describe(self, weight_decay: float, fan_out: int, fan_in: int) -> str:
         """What decoupled decay makes this rule solve for a fan_out x fan_in matrix; a measured scale counts as of U V^T."""
         problem = self.map.describe(weight_decay, self.scale.factor(fan_out, fan_in))
         return f"{problem}, for D as long as U V^T" if weight_decay and isinstance(self.scale, RMS) else problem
+
+
+# What was found of classes: a step builds its rules anew, and Python looks at every member of a protocol each time.
+_FITTING: dict[tuple[type, tuple[type, ...]], bool] = {}
+
+
+def _fits(filling: object, kinds: tuple[type, ...]) -> bool:
+    """Whether `filling` is one of `kinds`; a protocol's members are looked for once for each class."""
+    key = type(filling), kinds
+    if key not in _FITTING:
+        _FITTING[key] = isinstance(filling, kinds)
+    return _FITTING[key]

@@ -20,7 +20,10 @@ def hopper(monkeypatch):
     """A machine with a GPU of capability 9.0 and Triton."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(choice, "installed", lambda: True)
-    monkeypatch.setattr(choice, "_old", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choice._lacking_gpu.cache_clear()
+    yield
+    choice._lacking_gpu.cache_clear()
 
 
 @pytest.fixture
@@ -52,12 +55,14 @@ def test_a_back_end_is_named_with_the_reason(hopper, devices, name, text):
 
 
 def test_old_rocm_and_bare_machines_are_eager(hopper, monkeypatch):
-    monkeypatch.setattr(choice, "_old", lambda device: "the device has capability 7.5, below 8.0")
-    assert choice.described([GPU], "auto") == "eager (the device has capability 7.5, below 8.0)"
-    monkeypatch.setattr(choice, "installed", lambda: False)
-    assert choice.described([GPU], "auto") == "eager (Triton is not installed)"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert choice.described([GPU], "auto") == "eager (on ROCm)"
+    for patched, name, value, text in (
+        (torch.cuda, "get_device_capability", lambda device: (7, 5), "the device has capability 7.5, below 8.0"),
+        (choice, "installed", lambda: False, "Triton is not installed"),
+        (torch.version, "hip", "7.0", "on ROCm"),
+    ):
+        monkeypatch.setattr(patched, name, value)
+        choice._lacking_gpu.cache_clear()
+        assert choice.described([GPU], "auto") == f"eager ({text})"
 
 
 def test_triton_is_refused_where_it_cannot_be_had(plain, monkeypatch):

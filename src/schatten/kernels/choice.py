@@ -68,19 +68,18 @@ def lacking(device: torch.device, name: str | None = None) -> str:
     name = _name.get() if name is None else name
     if name == "eager":
         return "asked for"
-    if name == "triton" and interpreted() and device.type == "cpu":
-        return ""
-    if device.type != "cuda":
-        return f"on {device.type}"
+    kind = device.type
+    if kind == "cuda":
+        return _lacking_gpu(device)
+    return "" if name == "triton" and kind == "cpu" and interpreted() else f"on {kind}"
+
+
+@lru_cache(maxsize=64)
+def _lacking_gpu(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "on ROCm"
     if not installed():
         return "Triton is not installed"
-    return _old(device)
-
-
-@lru_cache(maxsize=64)
-def _old(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     return "" if capability >= CAPABILITY else f"the device has capability {capability[0]}.{capability[1]}, below 8.0"
 
