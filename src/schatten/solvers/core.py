@@ -7,7 +7,8 @@ A polynomial of X sees the columns of X through X X^T and the norm alone. Iterat
 unchanged where a process holds some of the columns (`schatten.placements.gram`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -112,19 +113,18 @@ class ColumnSolver(Protocol):
 
 @runtime_checkable
 class QuinticSolver(ColumnSolver, Protocol):
-    """One that applies `quintics` to X / ||X||_F, multiplied in `dtype` ("auto" or a name).
+    """One that applies quintics to X / ||X||_F, multiplied in `dtype` ("auto" or a name).
 
-    `form` is the iteration that does so for (b, m, n) with m <= n in the precision `work`, as `iteration.cheaper_form`
-    describes it; `half` says that symmetric products cost half.
+    `form(m, n, work, half)` is the iteration for (b, m, n) with m <= n in the precision `work`, as `iteration.cheaper_form`
+    describes it, and the quintics it is to be given; `half` says that symmetric products cost half.
     """
 
     @property
     def dtype(self) -> str: ...
 
-    @property
-    def quintics(self) -> tuple[tuple[float, float, float], ...]: ...
-
-    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Callable[..., Tensor]: ...
+    def form(
+        self, m: int, n: int, work: torch.dtype, half: bool = False
+    ) -> tuple[Callable[..., Tensor], Sequence[tuple[float, float, float]]]: ...
 
 
 @runtime_checkable
@@ -147,19 +147,23 @@ def dtype_name(dtype: torch.dtype | str | None) -> str:
 def working_dtype(X: Tensor, name: str) -> torch.dtype:
     """The dtype a solver multiplies in: as named, or the fastest the device offers without asking for more bits.
 
-    `auto` keeps fp64 for fp64 input. Otherwise it is bf16 where the hardware multiplies it (CUDA from sm80, CPUs with
-    AMX or AVX512-BF16), fp16 on older tensor cores, which have no fast bf16, and fp32 elsewhere.
+    `auto` keeps fp64 for fp64 input. Otherwise it is fp16 on tensor cores (CUDA from sm70), which multiply it as fast as
+    bf16 where they know both, and it has three more bits; bf16 on CPUs with AMX or AVX512-BF16; and fp32 elsewhere.
     """
     if name != "auto":
         return DTYPES[name]
     if X.dtype == torch.float64:
         return torch.float64
     if X.device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(X.device)
-        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+        return torch.float16 if _capability(X.device)[0] >= 7 else torch.float32
     if X.device.type == "cpu" and _cpu_multiplies_bf16():
         return torch.bfloat16
     return torch.float32
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -1,6 +1,5 @@
 """The polar factor in the Gram form: all steps on m x m matrices, for rectangular ones."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from schatten.solvers.composed import LOWER, Composition, checked
 from schatten.solvers.core import ALL, Columns, check_matrices, normalised, on_wide_batch, working_dtype
-from schatten.solvers.iteration import gram_form, product_form, restarts_for
+from schatten.solvers.iteration import Form, gram_form, product_form, restarts_for
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,13 +19,14 @@ class _Gram(Composition):
 
     def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
         work = working_dtype(X, self.dtype)
-        form = self.form(X.shape[-2], columns.count(X), work)
-        return form(normalised(X, work, columns), self.quintics, columns=columns)
+        form, quintics = self.form(X.shape[-2], columns.count(X), work)
+        return form(normalised(X, work, columns), quintics, columns=columns)
 
-    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Callable[..., Tensor]:
+    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Form:
         if m == n:
-            return product_form
-        return partial(gram_form, restarts=restarts_for(self.quintics, work, False))
+            return product_form, self.quintics
+        quintics = self.roomy(work)
+        return partial(gram_form, restarts=restarts_for(quintics, work, False)), quintics
 
 
 def gram(

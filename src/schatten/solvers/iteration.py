@@ -23,6 +23,9 @@ Weight = float | Tensor
 # How a X + B X is made of (B, X, a) at the end.
 Last = Callable[[Tensor, Tensor, float], Tensor]
 
+# An iteration, as `cheaper_form` gives it, and what it is to apply.
+Form = tuple[Callable[..., Tensor], Sequence[Quintic]]
+
 # How much larger than the product form's the Gram form's rounding error may be, on each trial matrix.
 TOLERATED = 3.0
 MAX_RESTARTS = 3
@@ -171,7 +174,9 @@ def scaled(X: Tensor, weight: Weight) -> Tensor:
     return torch.mul(X, weight) if X.dtype in (torch.float32, torch.float64) else wide(X).mul_(weight)
 
 
+# What is found must not depend on who asks first.
 @remembered
+@kernels.use("eager")
 def restarts_for(quintics: tuple[Quintic, ...], dtype: torch.dtype, summed: bool = False) -> tuple[int, ...]:
     """The fewest restarts with which the Gram form's rounding error stays near the product form's, and of those the best.
 

@@ -1,6 +1,6 @@
 """Newton-Schulz iterations with published schedules of quintics; by default Keller Jordan's, as torch.optim.Muon runs it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from schatten.solvers.core import (
     working_dtype,
 )
 from schatten.solvers.fit import scalar_iterates
-from schatten.solvers.iteration import Quintic, product_form
+from schatten.solvers.iteration import Form, Quintic, product_form
 from schatten.solvers.schedules import SCHEDULES
 
 # A matrix that was normalised and rounded to bf16 has singular values up to 1.0023 (all-ones 96 x 130), here with room.
@@ -45,8 +45,8 @@ class _NewtonSchulz:
     def of_columns(self, X: Tensor, columns: Columns = ALL) -> Tensor:
         return product_form(normalised(X, working_dtype(X, self.dtype), columns), self.quintics, columns=columns)
 
-    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Callable[..., Tensor]:
-        return product_form
+    def form(self, m: int, n: int, work: torch.dtype, half: bool = False) -> Form:
+        return product_form, self.quintics
 
     def __repr__(self) -> str:
         steps = "" if isinstance(self.schedule, tuple) else f", steps={self.steps}"
