@@ -56,9 +56,17 @@ def spread(times: list[float]) -> str:
     return f"{low:.1f} - {high:.1f}"
 
 
+def commit() -> str:
+    """The checkout's; what the variable COMMIT says where the tree came without its history; else nothing."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return os.environ.get("COMMIT", "")
+    return asked.stdout.strip() or os.environ.get("COMMIT", "")
+
+
 def save(path: Path, name: str, result: Mapping[str, Any]) -> None:
     """The result with what it ran on, as JSON."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     machine = {
         "benchmark": name,
         "torch": torch.__version__,
@@ -66,7 +74,7 @@ def save(path: Path, name: str, result: Mapping[str, Any]) -> None:
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),
         "working_dtype": str(working_dtype(torch.zeros(1), "auto")),
-        "commit": commit,
+        "commit": commit(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**machine, **result}, indent=1) + "\n")
