@@ -88,12 +88,12 @@ def polar_step_(whole: Part, rule: Rule, group: Mapping[str, Any], scale: Tensor
         wide=True,
         tables=tables,
     )
-    form = solver.form(min(fan_out, fan_in), max(fan_out, fan_in), work, kernels.halves(p, work))
-    last = partial(triton.affine_onto, onto=_transposed(onto) if fan_out > fan_in else onto)
+    form, quintics = solver.form(min(fan_out, fan_in), max(fan_out, fan_in), work, kernels.halves(p, work))
+    last = partial(triton.affine_onto, onto=onto)
     # Without a name for the quotient, its memory is free after the first step of the iteration.
     X = [triton.quotient(S, norm, work)]
     del S
-    form(X.pop(), solver.quintics, last=last)
+    form(X.pop(), quintics, last=last)
     return True
 
 
@@ -166,14 +166,6 @@ def _onto(whole: Part, length: float | Tensor, rule: Rule, group: Mapping[str, A
         length = length * keep
     noise = [(m.state["step"], m.own("weight")) for m in members] if noisy(members[0].p, group["rounding"]) else None
     return Onto(weights, keep, length, _flags(whole), noise, tables)
-
-
-def _transposed(onto: Onto) -> Onto:
-    """For directions (fan_in, fan_out)."""
-    weights = onto.weights
-    (b, m, n), (sb, sm, sn) = weights.shape, weights.strides
-    turned = Bucket(weights.tensors, (b, n, m), (sb, sn, sm), weights.offset)
-    return Onto(turned, onto.keep, onto.length, onto.finite, onto.noise, onto.tables)
 
 
 def bucket(members: Sequence[Member], tensors: Sequence[Tensor]) -> Bucket | None:

@@ -114,10 +114,20 @@ def test_what_autograd_must_see_through_or_takes_more_bits_is_eager(hopper, monk
     with torch.no_grad():
         assert asked(torch.bfloat16)
     X.requires_grad_(False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(choice, "tf32", lambda: True)
     assert asked(torch.float32)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not asked(torch.bfloat16)
+
+
+def test_torchs_own_setting_of_tf32_is_read_in_each_of_its_spellings():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, allowed in (("high", True), ("highest", False), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert choice.tf32() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_gpu_gets_larger_batches_by_default():

@@ -99,6 +99,15 @@ def described(devices: Iterable[torch.device], name: str) -> str:
     return ", ".join(f"{text} on {device}" if text == "triton" else text for device, text in zip(found, texts, strict=True))
 
 
+def tf32() -> bool:
+    """Whether torch may multiply fp32 in TF32. The older question raises where the newer setting was used."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.fp32_precision == "tf32"
+    except AttributeError:  # torch before 2.9
+        return matmul.allow_tf32
+
+
 def on_triton(X: Tensor, work: torch.dtype | None = None, *, products: bool = True) -> bool:
     """Whether Triton computes with `X`: products, in precision `work` where that is not X's; or element by element."""
     dtype = X.dtype if work is None else work
@@ -107,6 +116,6 @@ def on_triton(X: Tensor, work: torch.dtype | None = None, *, products: bool = Tr
     if torch.is_grad_enabled() and X.requires_grad:
         return False
     if products and dtype == torch.float32:
-        # At "highest" torch multiplies fp32 as fp32, at which its own library is faster.
-        return _name.get() == "triton" or torch.get_float32_matmul_precision() != "highest"
+        # As fp32 its own library multiplies faster.
+        return _name.get() == "triton" or tf32()
     return dtype in (torch.bfloat16, torch.float16, torch.float32)
