@@ -127,7 +127,8 @@ def test_a_bf16_solver_does_not_read_the_global_matmul_precision(name):
 # -- a resume under other settings --------------------------------------------------------------------------------------
 
 # What is no setting of the rule: where it is computed, and who are workers.
-NO_SETTING = {"params", "rules", "adamw", "options", "max_batch_bytes", "kernels", "group", "strict", "placement", "process_group"}
+NO_SETTING = {"params", "rules", "adamw", "options", "max_batch_bytes", "kernels", "group", "strict"}
+NO_SETTING |= {"placement", "process_group"}
 
 # The radius of tables, which a list of matrices has not, and a decay that is refused unless it is 0.
 ONE_VALUE = {("Scion", "sign_radius"), ("Hyperball", "weight_decay")}

@@ -105,7 +105,7 @@ def tf32() -> bool:
     try:
         return matmul.fp32_precision == "tf32"
     except AttributeError:  # torch before 2.9
-        return matmul.allow_tf32
+        return bool(matmul.allow_tf32)
 
 
 def on_triton(X: Tensor, work: torch.dtype | None = None, *, products: bool = True) -> bool:

@@ -31,7 +31,9 @@ def root() -> None:
 
 @app.command()
 def compare(
-    data: Annotated[str, typer.Option(help="Text or .bin file, folder (train.bin + val.bin, or *.txt), hf:NAME, or pydoc.")] = "pydoc",
+    data: Annotated[
+        str, typer.Option(help="Text or .bin file, folder (train.bin + val.bin, or *.txt), hf:NAME, or pydoc.")
+    ] = "pydoc",
     tokens: Annotated[str, typer.Option(help="byte, char, or bpe:N, trained on the text.")] = "byte",
     names: Annotated[
         str,
