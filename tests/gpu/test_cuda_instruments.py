@@ -10,7 +10,11 @@ import schatten
 from schatten.diagnostics.hessian import Hessian
 from schatten.monitor import known
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # torch says so once of the mode in which a wait is an error.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 
 def task(device):
