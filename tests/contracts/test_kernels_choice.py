@@ -19,7 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def hopper(monkeypatch):
     """A machine with a GPU of capability 9.0 and Triton."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice, "installed", lambda: True)
+    monkeypatch.setattr(choice, "missing", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     choice._lacking_gpu.cache_clear()
     yield
@@ -57,7 +57,7 @@ def test_a_back_end_is_named_with_the_reason(hopper, devices, name, text):
 def test_old_rocm_and_bare_machines_are_eager(hopper, monkeypatch):
     for patched, name, value, text in (
         (torch.cuda, "get_device_capability", lambda device: (7, 5), "the device has capability 7.5, below 8.0"),
-        (choice, "installed", lambda: False, "Triton is not installed"),
+        (choice, "missing", lambda: "Triton is not installed", "Triton is not installed"),
         (torch.version, "hip", "7.0", "on ROCm"),
     ):
         monkeypatch.setattr(patched, name, value)
@@ -65,12 +65,24 @@ def test_old_rocm_and_bare_machines_are_eager(hopper, monkeypatch):
         assert choice.described([GPU], "auto") == f"eager ({text})"
 
 
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [("3.3.1", "Triton 3.3.1 is older than 3.6"), ("3.6.0", ""), ("3.10.2+git1a", ""), (None, "Triton is not installed")],
+)
+def test_an_older_triton_than_was_tried_is_none(monkeypatch, found, text):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None if found is None else object())
+    monkeypatch.setattr(choice, "version", lambda name: found)
+    choice.missing.cache_clear()
+    assert choice.missing() == text
+    choice.missing.cache_clear()
+
+
 def test_triton_is_refused_where_it_cannot_be_had(plain, monkeypatch):
-    monkeypatch.setattr(choice, "installed", lambda: True)
+    monkeypatch.setattr(choice, "missing", lambda: "")
     with pytest.raises(ValueError, match=r"kernels='triton' cannot be had here \(on cpu\): leave kernels='auto'"):
         schatten.Muon(nn.Linear(4, 4), kernels="triton")
-    monkeypatch.setattr(choice, "installed", lambda: False)
-    with pytest.raises(ValueError, match="kernels='triton' needs Triton, which is not installed"):
+    monkeypatch.setattr(choice, "missing", lambda: "Triton is not installed")
+    with pytest.raises(ValueError, match="kernels='triton' cannot be had, as Triton is not installed: install it"):
         schatten.Muon(nn.Linear(4, 4), kernels="triton")
 
 

@@ -8,9 +8,10 @@ through, and tensors without storage, are eager in any case.
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ BACKENDS = ("auto", "eager", "triton")
 
 # The oldest GPU with bf16 tensor cores and asynchronous copies, which the kernels' tiles are made for.
 CAPABILITY = (8, 0)
+
+# The oldest Triton that the kernels have been compiled with.
+OLDEST = (3, 6)
 
 _name: ContextVar[str] = ContextVar("schatten_kernels", default="auto")
 
@@ -48,14 +52,24 @@ def checked(name: str) -> str:
     """`name` if it is a back-end that can be asked for here."""
     if name not in BACKENDS:
         raise ValueError(f"kernels must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
-    if name == "triton" and not installed():
-        raise ValueError("kernels='triton' needs Triton, which is not installed: install it, or leave kernels='auto'.")
+    if name == "triton" and (why := missing()):
+        raise ValueError(f"kernels='triton' cannot be had, as {why}: install it, or leave kernels='auto'.")
     return name
 
 
 @lru_cache(maxsize=1)
-def installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def missing() -> str:
+    """What keeps this installation from Triton's kernels; empty if nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for name in ("triton", "pytorch-triton"):
+        # Asked of the installation, as importing it takes half a second.
+        with suppress(PackageNotFoundError):
+            own = version(name)
+            return (
+                "" if tuple(map(int, own.split(".")[:2])) >= OLDEST else f"Triton {own} is older than {OLDEST[0]}.{OLDEST[1]}"
+            )
+    return ""
 
 
 def interpreted() -> bool:
@@ -78,8 +92,8 @@ def lacking(device: torch.device, name: str | None = None) -> str:
 def _lacking_gpu(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "on ROCm"
-    if not installed():
-        return "Triton is not installed"
+    if why := missing():
+        return why
     capability = torch.cuda.get_device_capability(device)
     return "" if capability >= CAPABILITY else f"the device has capability {capability[0]}.{capability[1]}, below 8.0"
 
