@@ -16,7 +16,7 @@ from schatten.solvers.core import working_dtype
 
 
 def versions() -> dict[str, str | None]:
-    triton = importlib.import_module("triton").__version__ if choice.installed() else None
+    triton = importlib.import_module("triton").__version__ if not choice.missing() else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

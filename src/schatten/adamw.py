@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from schatten.finite import counted, finite_gradient, looking_is_free, usable
@@ -79,6 +80,8 @@ def _in_one_launch_(
         noise=[(m.state["step"], m.own("weight")) for m in own] if noisy(own[0].p, group["rounding"]) else None,
         tables=tables,
     )
+    # Autograd does not see what kernels write.
+    increment_version([t for m in own for t in (m.p, m.state["exp_avg"], m.state["exp_avg_sq"])])
 
 
 def _in_one_call_(members: Sequence[Member], group: Mapping[str, Any], found_inf: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from schatten import kernels
 from schatten.batching import Part
@@ -94,6 +95,7 @@ def polar_step_(whole: Part, rule: Rule, group: Mapping[str, Any], scale: Tensor
     X = [triton.quotient(S, norm, work)]
     del S
     form(X.pop(), quintics, last=last)
+    _written(whole, MOMENTUM, weights=True)
     return True
 
 
@@ -118,6 +120,7 @@ def signals_(whole: Part, rule: Rule, group: Mapping[str, Any], scale: Tensor | 
         wide=False,
         tables=tables,
     )
+    _written(whole, MOMENTUM)
     return S.view(len(whole), *whole.blocks)
 
 
@@ -133,7 +136,14 @@ def retract_(whole: Part, D: Tensor, length: float | Tensor, rule: Rule, group: 
     from schatten.kernels import triton
 
     triton.retract_(D.reshape(-1, *D.shape[-2:]), onto)
+    _written(whole, weights=True)
     return True
+
+
+def _written(whole: Part, *names: str, weights: bool = False) -> None:
+    """Tell autograd, which does not see what kernels write, and would use a graph's kept tensors with new values in them."""
+    state = [m.state[name] for m in whole.members for name in names]
+    increment_version([*state, *(m.p for m in whole.members if weights)])
 
 
 def _flags(whole: Part) -> list[Tensor] | None:

@@ -211,6 +211,20 @@ def test_every_preset_trains_as_on_the_eager_back_end(preset):
     assert worst < 0.01 * 20 * 5 * UNIT["bfloat16"]
 
 
+@pytest.mark.parametrize("algorithm", ["spectral", "adamw"])
+@pytest.mark.parametrize("map", [schatten.maps.Nuclear, schatten.maps.Frobenius])
+def test_a_graph_kept_over_a_step_is_refused(algorithm, map):
+    # As after torch's own in-place operations, and unlike after its fused optimizers.
+    W = nn.Parameter(torch.ones(4, 4, device=DEVICE))
+    rule = schatten.Rule(map=map())
+    opt = schatten.SpectralOptimizer([{"params": [W], "algorithm": algorithm}], rule, momentum=0.9, kernels="triton")
+    loss = (W * W).sum()
+    loss.backward(retain_graph=True)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class Idle:
     """A kernel that does nothing."""
 

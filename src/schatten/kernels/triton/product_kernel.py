@@ -15,7 +15,8 @@ from schatten.kernels.triton.weights import land_, loaded
 GROUP = tl.constexpr(8)
 
 
-@triton.jit
+# What differs between buckets of equal matrices is no reason to compile anew.
+@triton.jit(do_not_specialize=("members", "blocks"))
 def product(
     P,
     Q,
