@@ -22,7 +22,7 @@ from schatten.maps import Nuclear
 from schatten.retractions import DecoupledDecay
 from schatten.retractions.core import decay_of, lr_of
 from schatten.rounding import noisy
-from schatten.rule import Rule
+from schatten.rule import Rule, fits
 from schatten.scales import Scale
 from schatten.signals import Momentum
 from schatten.solvers.core import QuinticSolver, working_dtype
@@ -43,20 +43,13 @@ def iterates_bytes(rule: Rule, p: Tensor) -> int | None:
 
 def _precision(rule: Rule, p: Tensor) -> torch.dtype | None:
     """What the products of a polar step are multiplied in, if Triton can take the whole step."""
-    dtype = _known(rule)
-    if dtype is None:
+    if not on_triton(p, products=False):
         return None
-    work = working_dtype(p, dtype)
-    return work if on_triton(p, work) else None
-
-
-@lru_cache(maxsize=256)
-def _known(rule: Rule) -> str | None:
-    """The precision a rule's solver is given, if every slot is one that `polar_step_` knows."""
     known = type(rule.signal) is Momentum and type(rule.retraction) is DecoupledDecay and type(rule.scale) is Scale
-    if not known or type(rule.map) is not Nuclear or not isinstance(rule.map.solver, QuinticSolver):
+    if not known or type(rule.map) is not Nuclear or not fits(rule.map.solver, (QuinticSolver,)):
         return None
-    return rule.map.solver.dtype
+    work = working_dtype(p, rule.map.solver.dtype)  # type: ignore[attr-defined]
+    return work if on_triton(p, work) else None
 
 
 def polar_step_(whole: Part, rule: Rule, group: Mapping[str, Any], scale: Tensor | None, tables: Tables) -> bool:

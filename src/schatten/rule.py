@@ -40,7 +40,7 @@ class Rule:
         for name, kinds in slots.items():
             filling = getattr(self, name)
             # A class has its instances' methods too, and would fail only in the first step.
-            if isinstance(filling, type) or not _fits(filling, kinds):
+            if isinstance(filling, type) or not fits(filling, kinds):
                 what = (
                     f"the class {filling.__name__}: write {filling.__name__}(...)"
                     if isinstance(filling, type)
@@ -66,7 +66,7 @@ class Rule:
 
     def direction(self, S: Tensor, state: State, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """D of the signal S by the map or what stands in its place, and its new state."""
-        if _fits(self.map, (Map,)):
+        if fits(self.map, (Map,)):
             return self.map.grad(S), {}  # type: ignore[union-attr]
         return self.map(S, state, group)  # type: ignore[operator]
 
@@ -80,7 +80,7 @@ class Rule:
 _FITTING: dict[tuple[type, tuple[type, ...]], bool] = {}
 
 
-def _fits(filling: object, kinds: tuple[type, ...]) -> bool:
+def fits(filling: object, kinds: tuple[type, ...]) -> bool:
     """Whether `filling` is one of `kinds`; a protocol's members are looked for once for each class."""
     key = type(filling), kinds
     if key not in _FITTING:
