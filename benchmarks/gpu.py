@@ -166,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys = args.models.split(",")
     if unknown := [key for key in keys if key not in MODELS]:
         parser.error(f"--models takes {', '.join(MODELS)}, got {', '.join(unknown)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     here = device()
     quick = args.quick or here.type == "cpu"
     out = args.out or RESULTS / ("gpu.json" if here.type == "cuda" else "gpu_cpu.json")

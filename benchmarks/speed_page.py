@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(arguments)
+    if not args.results.is_dir():
+        parser.error(f"--results must be a folder of the benchmarks' JSON files, got {args.results}")
     text = (args.out if args.out.exists() else PAGE).read_text()
     written = page(args.results, text)
     if not args.check:
