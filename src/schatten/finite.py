@@ -1,7 +1,7 @@
 """Finite: which gradients a step may take, and the counters of the steps taken and skipped."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,3 +77,19 @@ def counted(
         for i, flag in zip(own, flags, strict=True):
             found[i] = True, flag
     return found
+
+
+def refuse_unusable(p: Tensor, name: Callable[[], str]) -> None:
+    """Raise RuntimeError for a gradient that no rule can take; `name` makes the parameter's, for the message."""
+    if p.grad is None:
+        return
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"Gradients must be dense, but that of {name()}, shape {tuple(p.shape)}, is {p.grad.layout}: build the layer with "
+            f"sparse=False. No weight was changed."
+        )
+    if p.grad.shape != p.shape or not p.grad.is_floating_point():
+        raise RuntimeError(
+            f"A gradient must have its parameter's shape and be real, but that of {name()}, shape {tuple(p.shape)}, has shape "
+            f"{tuple(p.grad.shape)} and is {p.grad.dtype}. No weight was changed."
+        )

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from schatten import checkpoint, converters, edits, metrics
 from schatten.adamw import adamw_steps_
 from schatten.batching import Part, Room, batches, default_batch_bytes
-from schatten.finite import counted
+from schatten.finite import counted, refuse_unusable
 from schatten.fused import iterates_bytes
 from schatten.groups import (
     ADAMW_DEFAULTS,
@@ -393,7 +393,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if self._looked_at != self._step_number():  # the first of this backward
             self._check_edits()
             self._looked_at = self._step_number()
-        _refuse_gradient(p, lambda: f"the parameter number {index}")
+        refuse_unusable(p, lambda: f"the parameter number {index}")
         self._recorder.begin(group["step"] + 1)
         with use(self.kernels):
             self._step_parameters_([(index, p)], {**group, "step": group["step"] + 1}, Room(self._tables))
@@ -464,7 +464,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _refuse_unusable_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                _refuse_gradient(p, partial(name_of, group, i))
+                refuse_unusable(p, partial(name_of, group, i))
         if self._ranks.overlap is not None:
             self._ranks.overlap.check()
 
@@ -566,21 +566,6 @@ class SpectralOptimizer(torch.optim.Optimizer):
         super().load_state_dict(checked)
         checkpoint.restore_precision(checked, self.param_groups, self.state)
         self._ranks.torn = False
-
-
-def _refuse_gradient(p: Tensor, name: Callable[[], str]) -> None:
-    if p.grad is None:
-        return
-    if p.grad.layout != torch.strided:
-        raise RuntimeError(
-            f"Gradients must be dense, but that of {name()}, shape {tuple(p.shape)}, is {p.grad.layout}: build the layer with "
-            f"sparse=False. No weight was changed."
-        )
-    if p.grad.shape != p.shape or not p.grad.is_floating_point():
-        raise RuntimeError(
-            f"A gradient must have its parameter's shape and be real, but that of {name()}, shape {tuple(p.shape)}, has shape "
-            f"{tuple(p.grad.shape)} and is {p.grad.dtype}. No weight was changed."
-        )
 
 
 def _whole(p: Tensor) -> Piece:
