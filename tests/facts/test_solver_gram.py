@@ -78,6 +78,18 @@ def test_room_in_the_fit_lets_fp16_take_it_with_two_restarts():
         assert solver.form(768, 3072, torch.float16, True)[1] == QUINTICS
 
 
+@pytest.mark.parametrize(("shape", "above_1e_3"), [((2, 5), 0.74), ((3, 9), 0.80), ((4, 16), 0.82), ((24, 96), 0.8455 - 0.005)])
+def test_matrices_of_a_few_rows_lose_more_at_the_floor(shape, above_1e_3):
+    m, n = shape
+    generator = torch.Generator().manual_seed(m)
+    U, _, Vh = torch.linalg.svd(torch.randn(4000 if m < 24 else 300, m, n, generator=generator).double(), full_matrices=False)
+    spectrum = 10 ** (-6 * torch.rand(len(U), m, generator=generator).double())
+    D = polynomial(dtype="float16")(((U * spectrum.unsqueeze(-2)) @ Vh).float()).double()
+    gain, relative = (U.mT @ D @ Vh.mT).diagonal(dim1=-2, dim2=-1), spectrum / spectrum.norm(dim=-1, keepdim=True)
+    assert gain.max() < 1.157 and gain[relative > 1e-2].min() > 0.8455 - (0.006 if m < 24 else 0.003)
+    assert gain[relative > 1e-3].min() > above_1e_3
+
+
 def test_a_tall_matrix_keeps_its_layout():
     tall = normalised(gaussian(2, 60, 20).float(), torch.float32)
     form = cheaper_form(20, 60, QUINTICS, torch.float32)

@@ -37,7 +37,7 @@ def gram(
     For n = 4 m it takes two thirds of the multiplications. Rounding of X X^T grows by the square of the iteration's gain:
     without restarts, half precision diverges on ill-conditioned matrices. X X^T is formed anew where a simulation of that
     rounding asks for it (`schatten.solvers.iteration.restarts_for`). fp32 and fp64 keep the bands of `polynomial`; bf16 and
-    fp16 widen them by up to 0.03 and 0.001 for singular values above 1e-2 of the norm.
+    fp16 widen them by up to 0.03 and 0.003 for singular values above 1e-2 of the norm.
 
     Options and errors as `polynomial`, which chooses this form by itself where it is cheaper.
 

@@ -41,9 +41,11 @@ def polynomial(
     Every singular value of at least `lower` times the Frobenius norm ends in [1 - tol, 1 + tol]; smaller ones end
     between 0 and 1 + tol, and zero stays zero. Give `tol` (default 0.16: five steps) or `steps`, not both. `dtype` is
     the precision of the products, `"auto"` the fastest of the device. fp32 keeps the band down to tol = 1e-3, fp64 down
-    to 1e-10. bf16 and fp16 widen it by at most 0.015 and 0.001 for singular values above 1e-2 of the norm, and by 0.08
-    and 0.002 above 1e-3; below, their rounding may exceed what is left of a direction, sign included. fp32 products
-    obey `torch.set_float32_matmul_precision`: below "highest" they may be TF32's or bf16's.
+    to 1e-10. bf16 and fp16 widen it by at most 0.015 and 0.003 for singular values above 1e-2 of the norm, and by 0.08
+    and 0.005 above 1e-3, in matrices of 24 rows or more; of a few rows, whose rounding errors do not average out, by 0.02
+    and 0.006 above 1e-2, and near 1e-3 fp16 loses a tenth of a direction and bf16 all of it. Below, rounding may exceed
+    what is left of a direction, sign included. fp32 products obey `torch.set_float32_matmul_precision`: below "highest"
+    they may be TF32's or bf16's.
 
     Rectangular matrices are iterated in the Gram form (`gram`) where that takes fewer multiplications, restarts included.
     bf16 asks for so many that it takes the product form, as half precision does for a band below 0.05; fp16 takes the Gram
