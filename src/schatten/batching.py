@@ -19,7 +19,7 @@ from schatten.blockwise import decode, encode
 from schatten.kernels import Tables
 from schatten.kernels.choice import on_triton
 from schatten.rounding import noisy, stochastic_bf16, store_
-from schatten.state import COUNTERS, LOST, SCALES, Member, wide
+from schatten.state import COUNTERS, LOST, SCALES, Member, seeds, wide
 
 # What a step may allocate beside state and gradients, by default: matrices are multiplied in batches that keep to it.
 # Enough to fill the cores or the GPU, and below one and a half times the largest same-shape batch of GPT-2 small, 108 MiB.
@@ -40,6 +40,9 @@ STATE_BYTES = 12
 # other devices a part is the whole batch, which saves launches.
 MAX_CPU_PART_ENTRIES = 1 << 19
 
+
+# Entries up to which a CPU rounds the matrices of a part together: of larger ones the noise would leave its cache.
+SMALL = 1 << 14
 
 T = TypeVar("T")
 
@@ -223,6 +226,9 @@ class Part:
                 keep_(target, value, m.finite)
 
     def keep_weights_(self, new: Tensor, rounding: str) -> None:
+        p = self.members[0].p
+        if len(self) > 1 and noisy(p, rounding) and _entries(self.members[0]) <= SMALL and finite.looking_is_free(p):
+            new, rounding = stochastic_bf16(new, seeds(self.members, "weight")), "nearest"
         for m, W in zip(self.members, new, strict=True):
             if self.rows is not None:
                 self._rows(m.p.detach()).copy_(W[0])

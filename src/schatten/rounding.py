@@ -18,10 +18,13 @@ HALF = (torch.bfloat16, torch.float16)
 def uniform16(X: Tensor, seed: int | Tensor) -> Tensor:
     """int32 in [0, 2^16), uniform, one for each entry of `X` in its order; `seed` is a number or an integer tensor ().
 
+    Or (n,), one for each X[i], whose noise is then what `X[i]` alone would have.
+
     C. Wellons' 32-bit mixer (two multiplications, bias 0.17 %) of place + hashed seed.
     """
-    start = torch.as_tensor(_int32(seed), device=X.device)
-    x = torch.arange(X.numel(), dtype=torch.int32, device=X.device).add_(_mixed_(start.to(torch.int32).reshape(1).clone()))
+    start = _mixed_(torch.as_tensor(_int32(seed), device=X.device).to(torch.int32).reshape(-1, 1).clone())
+    place = torch.arange(X.numel() // len(start), dtype=torch.int32, device=X.device)
+    x = place.add_(start[0]) if len(start) == 1 else place + start
     return _mixed_(x).bitwise_and_(0xFFFF).view(X.shape)
 
 

@@ -108,6 +108,10 @@ def leading(own: Sequence[int], shape: Sequence[int]) -> int | None:
     return lead if found else None
 
 
+# 2^32 over the golden ratio, odd: steps that follow each other have seeds far apart.
+SPREAD = 0x9E3779B1
+
+
 class Member(NamedTuple):
     """Equal blocks of one parameter in a batch: `number` is the parameter's in the optimizer, `suffix` that of its own state.
 
@@ -146,8 +150,14 @@ class Member(NamedTuple):
 
     def seed(self, what: str) -> Tensor:
         """For this step's noise on `what`: the same on every rank and in every rerun, and made on the device."""
-        return self.state["step"].to(torch.int64) * 0x9E3779B1 + self.own(what)
+        return self.state["step"].to(torch.int64) * SPREAD + self.own(what)
 
     def own(self, what: str) -> int:
         """What sets this seed apart from other parameters' and other noise, in 32 bits."""
         return (zlib.crc32(f"{what}{self.suffix}".encode()) + self.number * 0x85EBCA6B) % (1 << 32)
+
+
+def seeds(members: Sequence[Member], what: str) -> Tensor:
+    """`Member.seed` of each, (members,)."""
+    steps = torch.stack([m.state["step"] for m in members]).to(torch.int64)
+    return steps * SPREAD + torch.tensor([m.own(what) for m in members], device=steps.device)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import schatten
+from schatten import batching
 from schatten.rounding import stochastic_bf16, store_
 from tests.contracts.driving import step
 
@@ -115,3 +116,25 @@ def test_each_step_draws_new_noise():
     assert all(abs(pattern.sum() - 1049) < 140 for pattern in patterns)
     both = (patterns[0] & patterns[1]).sum()
     assert abs(both - 4096 * 0.256**2) < 5 * math.sqrt(4096 * 0.0655)
+
+
+def test_noise_for_many_is_that_of_each_alone():
+    X, seeds = torch.randn(3, 2, 5, 7), torch.tensor([1, 2**40 + 3, -7])
+    together = stochastic_bf16(X, seeds)
+    assert all(torch.equal(together[i], stochastic_bf16(X[i], seeds[i])) for i in range(3))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (12, 6)])
+def test_small_matrices_are_rounded_together_to_the_bits_each_has_alone(monkeypatch, shape):
+    def trained(most):
+        monkeypatch.setattr(batching, "SMALL", most)
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for _ in range(3)]
+        opt = schatten.Muon([{"params": params, "layout": schatten.Layout(split=2)}], lr=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            opt.step()
+        return params
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(1 << 14), trained(0), strict=True))
