@@ -47,8 +47,9 @@ SMALL = 1 << 14
 T = TypeVar("T")
 
 
-def default_batch_bytes(device: torch.device) -> int:
-    return MAX_GPU_BATCH_BYTES if device.type == "cuda" else MAX_BATCH_BYTES
+def default_batch_bytes(devices: Sequence[torch.device]) -> int:
+    """What a step of parameters there may allocate at a time, if nothing is said of it."""
+    return MAX_GPU_BATCH_BYTES if any(device.type == "cuda" for device in devices) else MAX_BATCH_BYTES
 
 
 def batches(

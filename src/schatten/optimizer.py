@@ -189,8 +189,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if self.plan is None:
             self.plan = Plan.of_groups(self.param_groups)
         self._find_kernels()
-        first = self.param_groups[0]["params"][0].device
-        self.max_batch_bytes = default_batch_bytes(first) if max_batch_bytes is None else max_batch_bytes
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        self.max_batch_bytes = default_batch_bytes(devices) if max_batch_bytes is None else max_batch_bytes
         self._find_ranks()
 
     def __getstate__(self) -> dict[str, Any]:

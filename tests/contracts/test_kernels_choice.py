@@ -143,6 +143,6 @@ def test_torchs_own_setting_of_tf32_is_read_in_each_of_its_spellings():
 
 
 def test_a_gpu_gets_larger_batches_by_default():
-    assert default_batch_bytes(CPU) == MAX_BATCH_BYTES == schatten.Muon(nn.Linear(4, 4)).max_batch_bytes
-    assert default_batch_bytes(GPU) == MAX_GPU_BATCH_BYTES
+    assert default_batch_bytes([CPU]) == MAX_BATCH_BYTES == schatten.Muon(nn.Linear(4, 4)).max_batch_bytes
+    assert default_batch_bytes([CPU, GPU]) == MAX_GPU_BATCH_BYTES
     assert schatten.Muon(nn.Linear(4, 4), max_batch_bytes=5).max_batch_bytes == 5

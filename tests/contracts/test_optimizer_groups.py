@@ -201,3 +201,12 @@ def test_the_bare_engine_has_muons_rule_and_asks_for_its_momentum():
     assert opt.rule(opt.param_groups[0]) == schatten.Rule()
     with pytest.raises(ValueError, match="needs a value for 'momentum'"):
         schatten.SpectralOptimizer([matrix()])
+
+
+def test_a_group_may_be_empty():
+    # As torch allows, for a group that fills later or a model part without such parameters.
+    W = nn.Parameter(torch.zeros(3, 3))
+    opt = schatten.Muon([{"params": []}, {"params": [W]}])
+    W.grad = torch.ones(3, 3)
+    opt.step()
+    assert float(W.detach().abs().max()) > 0
