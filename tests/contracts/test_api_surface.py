@@ -44,9 +44,8 @@ OPTIONAL = {
 
 def _beside(name: str) -> bool:
     """Whether a module is no part of the core, and may need packages that the core does not."""
-    return any(
-        name == part or name.startswith(part + ".") for part in ("schatten.lab", "schatten.cli", "schatten.integrations")
-    )
+    parts = ("schatten.lab", "schatten.cli", "schatten.integrations", "schatten.kernels.triton")
+    return any(name == part or name.startswith(part + ".") for part in parts)
 
 
 # `__main__` runs the command line when imported.
@@ -108,7 +107,7 @@ def test_every_module_opens_with_its_idea_and_its_examples_run(name):
     except ImportError as error:
         if not _beside(name) or (error.name or "").startswith("schatten"):
             raise
-        pytest.skip(f"{name} needs {error.name}: pip install schatten[lab]")
+        pytest.skip(f"{name} needs {error.name}, which is not installed")
     assert module.__doc__, f"{name} has no docstring"
     failed, _ = doctest.testmod(module)
     assert failed == 0, f"{failed} examples of {name} fail; see the captured output"

@@ -175,5 +175,10 @@ def test_tensors_at_odd_addresses_are_served_as_well() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 0)])
-def test_nothing_to_step_is_no_step(sizes: tuple[int, ...]) -> None:
+def test_nothing_to_step_is_no_launch(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr("schatten.kernels.triton.adamw.launch", lambda *arguments, **constants: launched.append(arguments))
     Trained(sizes).step(gradients(0, sizes))
+    assert not launched
+    Trained((3,)).step(gradients(0, (3,)))
+    assert len(launched) == 1, "the watch is on what a step launches"
